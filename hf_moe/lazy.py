@@ -1,0 +1,39 @@
+"""Module attributes that are imported on first use (PEP 562), so that importing a package stays cheap."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+__all__ = ["lazy_exports"]
+
+
+def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable, Callable, list[str]]:
+    """Build `__getattr__`, `__dir__` and `__all__` for a package whose names live in sub-modules.
+
+    Args:
+        package (`str`): The package's `__name__`.
+        exports (`Mapping[str, str]`): Public name to the module that defines it, relative (`".callbacks"`) or absolute.
+
+    Returns:
+        `tuple`: The two module functions and the sorted list of public names.
+
+    Example:
+        ```python
+        __getattr__, __dir__, __all__ = lazy_exports(__name__, {"MoeTrainerMixin": ".mixin"})
+        ```
+    """
+    exports = dict(exports)
+
+    def __getattr__(name: str) -> Any:
+        if name not in exports:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(exports[name], package), name)
+        setattr(sys.modules[package], name, value)  # the next access is a plain attribute read
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *exports})
+
+    return __getattr__, __dir__, sorted(exports)
