@@ -14,7 +14,8 @@ def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable, Ca
 
     Args:
         package (`str`): The package's `__name__`.
-        exports (`Mapping[str, str]`): Public name to the module that defines it, relative (`".callbacks"`) or absolute.
+        exports (`Mapping[str, str]`): Public name to the module that defines it, relative
+            (`".callbacks"`) or absolute.
 
     Returns:
         `tuple`: The two module functions and the sorted list of public names.
