@@ -136,3 +136,12 @@ def _warnings_are_said_again():
     logging = sys.modules.get("transformers.utils.logging")
     if logging is not None:
         logging.warning_once.cache_clear()
+
+
+@pytest.fixture
+def hub():
+    """A running loopback Hub, empty."""
+    from common.hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
