@@ -1,0 +1,355 @@
+"""One uniform handle on the MoE layers of a transformers model, ours or in-tree, also under PEFT.
+
+Shapes: B batch, S sequence, T = B * S tokens, N experts, K per token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
+
+from .routing.base import BaseRouter
+
+
+__all__ = [
+    "FAMILY_RULES",
+    "FamilyRule",
+    "LayerRecord",
+    "MoeLayerView",
+    "Routing",
+    "RoutingRecorder",
+    "in_backward",
+    "moe_layers",
+    "record_routing",
+    "unwrap_model",
+]
+
+
+class FamilyRule(NamedTuple):
+    """Where a router class keeps what, and how its logits become probabilities.
+
+    Args:
+        score (`str`): `"softmax"`, or `"sigmoid"` (then divided by the sum over the experts).
+        router_logits (`int`, defaults to 0): Position of the logits in the tuple the router returns.
+        top_k_weights (`int`, defaults to 1): Position of the mixing weights.
+        top_k_index (`int`, defaults to 2): Position of the chosen experts.
+    """
+
+    score: str
+    router_logits: int = 0
+    top_k_weights: int = 1
+    top_k_index: int = 2
+
+
+# Families are told apart by the class name of their router: importing the classes would import every modeling file.
+# A line is added only together with its model in tests/test_views.py, which proves that what is read from the router
+# is what the experts receive.
+FAMILY_RULES: dict[str, FamilyRule] = {
+    **dict.fromkeys(
+        (
+            "AriaTextTopKRouter",
+            "DeepseekV2TopkRouter",
+            "Ernie4_5_MoeTopKRouter",
+            "FlexOlmoTopKRouter",
+            "GptOssTopKRouter",
+            "GraniteMoeHybridTopKRouter",
+            "GraniteMoeSWATopKRouter",
+            "GraniteMoeSharedTopKRouter",
+            "GraniteMoeTopKRouter",
+            "HunYuanMoEV1Gate",
+            "JambaTopKRouter",
+            "MellumTopKRouter",
+            "MiniMaxTopKRouter",
+            "Mistral4TopkRouter",
+            "MixtralTopKRouter",
+            "OlmoeTopKRouter",
+            # Phi's weights come from two masked softmaxes; the plain softmax is the distribution they start from.
+            "PhimoeTopKRouter",
+            "Qwen2MoeTopKRouter",
+            "Qwen3MoeTopKRouter",
+            "Qwen3NextTopKRouter",
+            "Qwen3VLMoeTextTopKRouter",
+            "Qwen3_5MoeTopKRouter",
+        ),
+        FamilyRule(score="softmax"),
+    ),
+    **dict.fromkeys(
+        (
+            "AfmoeTokenChoiceRouter",
+            "BailingHybridTopkRouter",
+            "DeepseekV32TopkRouter",
+            "DeepseekV3TopkRouter",
+            "Dots1TopkRouter",
+            "ExaoneMoeTopkRouter",
+            "Glm4MoeLiteTopkRouter",
+            "Glm4MoeTopkRouter",
+            "GlmMoeDsaTopkRouter",
+            "HYV3TopKRouter",
+            "Lfm2MoeTopKRouter",
+            "MiMoV2FlashTopkRouter",
+            "MiniMaxM2TopKRouter",
+            "NemotronHTopkRouter",
+            "SolarOpenTopkRouter",
+        ),
+        FamilyRule(score="sigmoid"),
+    ),
+}
+
+
+class Routing(NamedTuple):
+    """What one router call decided, one row per token.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(T, N)`): Scores before softmax or sigmoid.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`): Mixing weights.
+        top_k_index (`torch.Tensor` of shape `(T, K)`): Chosen experts; `N` on an empty slot (our routers only).
+    """
+
+    router_logits: torch.Tensor
+    top_k_weights: torch.Tensor
+    top_k_index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MoeLayerView:
+    """One MoE layer.
+
+    Args:
+        name (`str`): Path of the block in the model below any wrapper, such as `"model.layers.3.mlp"`.
+        index (`int`): Position among the MoE layers, from 0.
+        block (`nn.Module`): The module that owns router and experts.
+        router (`nn.Module`): Its router.
+        experts (`nn.Module`): Its stacked experts.
+        num_experts (`int`): N.
+        num_experts_per_tok (`int`): K.
+        rule ([`FamilyRule`], *optional*): How to read the router's output; `None` for our own routers.
+    """
+
+    name: str
+    index: int
+    block: nn.Module = field(repr=False)
+    router: nn.Module = field(repr=False)
+    experts: nn.Module = field(repr=False)
+    num_experts: int
+    num_experts_per_tok: int
+    rule: FamilyRule | None = None
+
+    def read(self, output: Any) -> Routing:
+        """The decision in a value returned by `router`, flattened to one row per token.
+
+        Args:
+            output (`tuple`): What the router returned.
+
+        Returns:
+            [`Routing`]
+        """
+        if self.rule is None:
+            logits, weights, index = output.router_logits, output.top_k_weights, output.top_k_index
+        else:
+            logits, weights, index = (
+                output[position]
+                for position in (self.rule.router_logits, self.rule.top_k_weights, self.rule.top_k_index)
+            )
+        return Routing(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, weights, index)))
+
+    def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Distribution over the experts before any selection bias, float32, rows summing to 1.
+
+        Args:
+            router_logits (`torch.Tensor` of shape `(T, N)`): As in [`Routing`].
+
+        Returns:
+            `torch.Tensor` of shape `(T, N)`.
+        """
+        router_logits = router_logits.float()
+        if self.rule is None:
+            return self.router.probabilities(router_logits)
+        if self.rule.score == "softmax":
+            return router_logits.softmax(dim=-1)
+        scores = router_logits.sigmoid()
+        return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT, data-parallel and `torch.compile` wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def moe_layers(model: nn.Module) -> list[MoeLayerView]:
+    """The MoE layers of `model`, in the order of its modules.
+
+    A router is a module of a class named by `_can_record_outputs["router_logits"]` of the model it sits in, or any
+    [`~hf_moe.routing.BaseRouter`].
+
+    Args:
+        model (`nn.Module`): A transformers model, bare or wrapped by PEFT, data parallelism or `torch.compile`.
+
+    Returns:
+        `list[MoeLayerView]`
+
+    Raises:
+        ValueError: `model` has no MoE layer, or is of a family that [`FAMILY_RULES`] does not describe.
+
+    Example:
+        ```python
+        for layer in moe_layers(model):
+            logger.info(f"{layer.name}: {layer.num_experts_per_tok} of {layer.num_experts} experts")
+        ```
+    """
+    model = unwrap_model(model)
+    views: list[MoeLayerView] = []
+    for path, router, rule in _routers(model, "", ()):
+        name, block = _owner(model, path)
+        experts = block.experts.get_base_layer() if hasattr(block.experts, "get_base_layer") else block.experts
+        views.append(MoeLayerView(name, len(views), block, router, experts, router.num_experts, router.top_k, rule))
+    if not views:
+        raise ValueError(
+            f"`model` ({type(model).__name__}) has no MoE layer: none of its modules is a router. Pass a "
+            "Mixture-of-Experts model, or make one of a dense model with `hf_moe.upcycle`."
+        )
+    return views
+
+
+def _routers(
+    module: nn.Module, path: str, recorders: tuple[OutputRecorder, ...]
+) -> Iterator[tuple[str, nn.Module, FamilyRule | None]]:
+    """Routers below `module` with their paths; each sub-model's own recorders hold inside it, as in transformers."""
+    if isinstance(module, PreTrainedModel):
+        specs = (module._can_record_outputs or {}).get("router_logits", ())
+        specs = specs if isinstance(specs, (list, tuple)) else (specs,)
+        recorders = tuple(s if isinstance(s, OutputRecorder) else OutputRecorder(s) for s in specs)
+    # PEFT's `modules_to_save` keeps the original beside the trained copy: only the wrapper knows which one runs.
+    original = getattr(module, "original_module", None) if hasattr(module, "modules_to_save") else None
+    candidate = module if original is None else original
+    if isinstance(candidate, BaseRouter):
+        yield path, module, None
+    elif any(_records(recorder, candidate, path) for recorder in recorders):
+        yield path, module, _rule(candidate)
+    else:
+        for name, child in module.named_children():
+            yield from _routers(child, f"{path}.{name}" if path else name, recorders)
+
+
+def _records(recorder: OutputRecorder, module: nn.Module, path: str) -> bool:
+    if not isinstance(recorder.target_class, type) or not isinstance(module, recorder.target_class):
+        return False
+    return recorder.layer_name is None or f".{recorder.layer_name.strip('.')}." in f".{path}."
+
+
+def _rule(router: nn.Module) -> FamilyRule:
+    for cls in type(router).__mro__:
+        if cls.__name__ in FAMILY_RULES:
+            return FAMILY_RULES[cls.__name__]
+    raise ValueError(
+        f"No rule says how to read {type(router).__name__} ({type(router).__module__}). Add one to "
+        f"`hf_moe.views.FAMILY_RULES`: `FAMILY_RULES[{type(router).__name__!r}] = FamilyRule(score=..., "
+        "router_logits=..., top_k_weights=..., top_k_index=...)`, where the numbers are positions in the tuple that "
+        "the router returns."
+    )
+
+
+def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """The nearest module above `path` that has `experts`: not always the parent, a wrapper may lie between."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        name = ".".join(parts[:depth])
+        block = model.get_submodule(name)
+        if isinstance(getattr(block, "experts", None), nn.Module):
+            return name, block
+    raise ValueError(
+        f"The router at {path!r} of `model` ({type(model).__name__}) belongs to no module with an attribute "
+        "`experts`, so its experts cannot be found. Views need a block that holds both."
+    )
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, which is where activation checkpointing calls routers again."""
+    # There is no public way to ask; the id is -1 outside `backward` and holds for both kinds of checkpointing.
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class LayerRecord:
+    """What one router decided, one entry per call, in the order of the calls. See [`Routing`] for the shapes."""
+
+    view: MoeLayerView
+    router_logits: list[torch.Tensor] = field(default_factory=list)
+    top_k_weights: list[torch.Tensor] = field(default_factory=list)
+    top_k_index: list[torch.Tensor] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        for tensors in (self.router_logits, self.top_k_weights, self.top_k_index):
+            tensors.clear()
+
+
+@dataclass
+class RoutingRecorder:
+    """What [`record_routing`] yields: one [`LayerRecord`] per MoE layer."""
+
+    layers: list[LayerRecord]
+
+    def clear(self) -> None:
+        """Forgets what was recorded, so that a loop over batches holds one batch at a time."""
+        for layer in self.layers:
+            layer.clear()
+
+
+@contextmanager
+def record_routing(model: nn.Module, *, offload: bool = False) -> Iterator[RoutingRecorder]:
+    """Records every routing decision made inside the `with` block; nests, and removes its hooks on every exit.
+
+    Calls that activation checkpointing repeats during the backward pass are not recorded a second time.
+
+    Args:
+        model (`nn.Module`): A model accepted by [`moe_layers`].
+        offload (`bool`, defaults to `False`): Move what is recorded to the CPU at once.
+
+    Yields:
+        [`RoutingRecorder`]: Detached tensors; they stay available after the block.
+
+    Raises:
+        ValueError: see [`moe_layers`].
+
+    Example:
+        ```python
+        with record_routing(model) as recorder:
+            model(**inputs)
+        recorder.layers[0].top_k_index[0]  # (T, K)
+        ```
+    """
+    recorder = RoutingRecorder([LayerRecord(view) for view in moe_layers(model)])
+    handles = []
+    try:
+        for layer in recorder.layers:
+            handles.append(layer.view.router.register_forward_hook(_recording_hook(layer, offload)))
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recording_hook(layer: LayerRecord, offload: bool):
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> None:
+        if in_backward():
+            return
+        for store, tensor in zip(
+            (layer.router_logits, layer.top_k_weights, layer.top_k_index), layer.view.read(output), strict=True
+        ):
+            tensor = tensor.detach()
+            store.append(tensor.cpu() if offload else tensor)
+
+    return hook

@@ -1,0 +1,215 @@
+"""Views: every family listed is read correctly, every other one is refused, and hooks never stay behind."""
+
+import pytest
+import torch
+from common.tiny_families import FAMILIES, tiny_model
+from torch import nn
+
+from hf_moe.views import FAMILY_RULES, moe_layers, record_routing, unwrap_model
+
+
+# PEFT 0.21 asks transformers for an attribute it has renamed.
+peft_asks_old_name = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def random_ids(generator, shape=(2, 9)):
+    return torch.randint(3, 384, shape, generator=generator)
+
+
+def hook_count(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def received_by_experts(model, input_ids):
+    """What each stacked-experts module was called with, `[(top_k_index, top_k_weights), ...]` by layer."""
+    calls, handles = {}, []
+    for view in moe_layers(model):
+
+        def hook(_module, args, index=view.index):
+            calls[index] = args[1:3]
+
+        handles.append(view.experts.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad(), record_routing(model) as recorder:
+            model(input_ids=input_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder, [calls[index] for index in sorted(calls)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_read_is_what_the_experts_receive(family, generator):
+    recorder, received = received_by_experts(tiny_model(family), random_ids(generator))
+    assert len(received) == len(recorder.layers) > 0
+    for layer, (top_k_index, top_k_weights) in zip(recorder.layers, received, strict=True):
+        assert torch.equal(layer.top_k_index[0], top_k_index)
+        torch.testing.assert_close(layer.top_k_weights[0], top_k_weights, check_dtype=False, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phimoe"])
+def test_weights_are_proportional_to_the_probabilities_of_the_chosen(family, generator):
+    # This is what tells softmax from sigmoid: both order the experts alike.
+    model = tiny_model(family)
+    with torch.no_grad():
+        for view in moe_layers(model):
+            for parameter in view.router.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+        with record_routing(model) as recorder:
+            model(input_ids=random_ids(generator), use_cache=False)
+    for layer in recorder.layers:
+        probabilities = layer.view.probabilities(layer.router_logits[0])
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(18))
+        chosen = probabilities.gather(-1, layer.top_k_index[0])
+        weights = layer.top_k_weights[0].float()
+        torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), chosen / chosen.sum(-1, keepdim=True))
+
+
+def test_every_rule_is_proved_by_a_model():
+    routers = {type(view.router).__name__ for family in FAMILIES for view in moe_layers(tiny_model(family))}
+    assert routers == set(FAMILY_RULES)
+
+
+def test_recorded_logits_are_those_the_model_returns(generator):
+    model = tiny_model("qwen3_moe")
+    with torch.no_grad(), record_routing(model) as recorder:
+        outputs = model(input_ids=random_ids(generator), output_router_logits=True)
+    for layer, router_logits in zip(recorder.layers, outputs.router_logits, strict=True):
+        assert torch.equal(layer.router_logits[0], router_logits)
+
+
+def test_views_carry_names_sizes_and_the_modules_themselves():
+    model = tiny_model("mixtral")
+    views = moe_layers(model)
+    assert [view.name for view in views] == [f"model.layers.{i}.mlp" for i in range(4)]
+    assert [view.index for view in views] == [0, 1, 2, 3]
+    assert all((view.num_experts, view.num_experts_per_tok) == (8, 2) for view in views)
+    block = model.model.layers[1].mlp
+    assert (views[1].block, views[1].router, views[1].experts) == (block, block.gate, block.experts)
+
+
+def test_dense_layers_between_moe_layers_are_skipped():
+    model = tiny_model("qwen3_moe", mlp_only_layers=[0, 2])
+    assert [view.name for view in moe_layers(model)] == ["model.layers.1.mlp", "model.layers.3.mlp"]
+
+
+def test_base_model_and_head_give_the_same_layers():
+    model = tiny_model("mixtral")
+    assert [view.router for view in moe_layers(model.model)] == [view.router for view in moe_layers(model)]
+
+
+def test_dense_model_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) has no MoE layer"):
+        moe_layers(tiny_llama)
+
+
+def test_moe_family_whose_layers_are_all_dense_is_refused():
+    with pytest.raises(ValueError, match="has no MoE layer"):
+        moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize("family,router", [("llama4_text", "Llama4Router"), ("jetmoe", "JetMoe")])
+def test_unknown_family_is_refused_by_the_name_of_its_router(family, router):
+    with pytest.raises(ValueError, match=rf"{router}.*FAMILY_RULES"):
+        moe_layers(tiny_model(family))
+
+
+# -- wrappers --------------------------------------------------------------------------------------------------------
+@peft_asks_old_name
+def test_lora_leaves_names_and_modules_alone(generator):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("mixtral")
+    before = moe_layers(model)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert moe_layers(wrapped) == before
+    recorder, received = received_by_experts(wrapped, random_ids(generator))
+    assert torch.equal(recorder.layers[3].top_k_index[0], received[3][0])
+
+
+@peft_asks_old_name
+def test_lora_on_experts_still_shows_the_stacked_bank():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("mixtral")
+    banks = [view.experts for view in moe_layers(model)]
+    config = peft.LoraConfig(
+        target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2
+    )
+    views = moe_layers(peft.get_peft_model(model, config))
+    assert [view.experts for view in views] == banks
+    assert [view.name for view in views] == [f"model.layers.{i}.mlp" for i in range(4)]
+
+
+@peft_asks_old_name
+def test_router_trained_through_modules_to_save_is_the_one_recorded(generator):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+    model = peft.get_peft_model(tiny_model("mixtral"), config)
+    views, input_ids = moe_layers(model), random_ids(generator)
+    assert len(views) == 4
+    with torch.no_grad():
+        views[0].router.modules_to_save["default"].weight.neg_()
+        with record_routing(model) as trained:
+            model(input_ids=input_ids)
+        with record_routing(model) as original, model.disable_adapter():
+            model(input_ids=input_ids)
+    torch.testing.assert_close(trained.layers[0].router_logits[0], -original.layers[0].router_logits[0])
+
+
+def test_data_parallel_and_compiled_models_are_unwrapped():
+    model = tiny_model("mixtral")
+    assert unwrap_model(nn.DataParallel(model)) is model
+    assert unwrap_model(torch.compile(model, backend="eager")) is model
+
+
+# -- recording -------------------------------------------------------------------------------------------------------
+def test_hooks_are_removed_also_after_an_exception(generator):
+    model = tiny_model("mixtral")
+    before = hook_count(model)
+    with pytest.raises(RuntimeError, match="stop"), record_routing(model):
+        assert hook_count(model) == before + 4
+        raise RuntimeError("stop")
+    assert hook_count(model) == before
+
+
+def test_recorders_nest(generator):
+    model, input_ids = tiny_model("mixtral"), random_ids(generator)
+    with torch.no_grad(), record_routing(model) as outer:
+        model(input_ids=input_ids)
+        with record_routing(model) as inner:
+            model(input_ids=input_ids)
+        model(input_ids=input_ids)
+    assert [len(layer.top_k_index) for layer in outer.layers] == [3] * 4
+    assert [len(layer.top_k_index) for layer in inner.layers] == [1] * 4
+    assert torch.equal(outer.layers[2].top_k_index[1], inner.layers[2].top_k_index[0])
+
+
+def test_records_are_detached_and_can_be_cleared(generator):
+    model = tiny_model("mixtral")
+    with record_routing(model, offload=True) as recorder:
+        model(input_ids=random_ids(generator))
+    layer = recorder.layers[0]
+    assert not layer.router_logits[0].requires_grad and layer.router_logits[0].device.type == "cpu"
+    recorder.clear()
+    assert layer.router_logits == layer.top_k_weights == layer.top_k_index == []
+
+
+def test_recording_does_not_change_outputs(generator):
+    model, input_ids = tiny_model("deepseek_v3"), random_ids(generator)
+    with torch.no_grad():
+        plain = model(input_ids=input_ids).logits
+        with record_routing(model):
+            recorded = model(input_ids=input_ids).logits
+    assert torch.equal(plain, recorded)
+
+
+def test_recomputation_under_gradient_checkpointing_is_not_recorded(generator):
+    model = tiny_model("mixtral").train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    input_ids = random_ids(generator)
+    calls = []
+    handle = moe_layers(model)[0].router.register_forward_hook(lambda *_: calls.append(1))
+    with record_routing(model) as recorder:
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+    handle.remove()
+    assert len(calls) == 2  # the router did run twice
+    assert [len(layer.top_k_index) for layer in recorder.layers] == [1] * 4
