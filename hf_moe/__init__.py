@@ -1,3 +1,47 @@
-"""Mixture-of-Experts methods behind the extension points of transformers, PEFT and TRL."""
+"""Mixture-of-Experts methods behind the extension points of transformers, PEFT and TRL.
+
+`import hf_moe` makes every model type, router and trainer known; what is heavy is imported when first used.
+"""
 
 __version__ = "0.1.0"
+
+from .versions import check_versions
+
+
+check_versions()
+
+from . import models
+from .lazy import lazy_exports
+
+
+_BACKBONES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+_HEADS = ("Config", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model", "PreTrainedModel")
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
+        **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
+        "BaseRouter": ".routing",
+        "GlobalBalanceCallback": ".routing",
+        "LoadBalancer": ".routing",
+        "MoeBlock": ".layers",
+        "RouterOutput": ".routing",
+        "RouterScheduleCallback": ".routing",
+        "RouterStats": ".routing",
+        "RoutingContext": ".routing",
+        "list_experts": ".experts",
+        "list_models": ".discovery",
+        "list_routers": ".routing",
+        "metrics": ".metrics",
+        "moe_layers": ".views",
+        "record_routing": ".views",
+        "register_experts": ".experts",
+        "register_router": ".routing",
+        "reporting": ".reporting",
+        "routing_report": ".reporting",
+        "trainers": ".trainers",
+        "upcycle": ".upcycling",
+        "UpcycleReport": ".upcycling",
+    },
+)

@@ -1,0 +1,222 @@
+"""The MoE fields that every backbone config gains, and what is derived from them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..registration import load_modeling
+
+
+__all__ = ["BALANCE_MODES", "MoeConfigMixin", "parse_moe_layers"]
+
+BALANCE_MODES = ("micro", "rank", "running", "lagged", "blend")
+
+# Expert-parallel and tensor-parallel plan entries of a block at `layers.*.mlp`.
+EXPERT_TP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+    "layers.*.mlp.shared_experts.gate_proj": "colwise",
+    "layers.*.mlp.shared_experts.up_proj": "colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
+    "layers.*.mlp.residual_expert.gate_proj": "colwise",
+    "layers.*.mlp.residual_expert.up_proj": "colwise",
+    "layers.*.mlp.residual_expert.down_proj": "rowwise",
+}
+EXPERT_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+
+
+def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int) -> list[int]:
+    """Which decoder layers are MoE layers.
+
+    Args:
+        moe_layers (`str` or `list[int]`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...), `"first_half"`,
+            `"second_half"`, or indices.
+        num_hidden_layers (`int`): Number of decoder layers.
+
+    Returns:
+        `list[int]`: Sorted indices.
+
+    Raises:
+        ValueError: not one of these forms, an index out of range or twice, or no layer at all.
+    """
+    everything = list(range(num_hidden_layers))
+    if isinstance(moe_layers, str):
+        kind, _, step = moe_layers.partition(":")
+        if moe_layers == "all":
+            chosen = everything
+        elif moe_layers == "first_half":
+            chosen = everything[: num_hidden_layers // 2]
+        elif moe_layers == "second_half":
+            chosen = everything[num_hidden_layers // 2 :]
+        elif kind == "every" and step.isdigit() and int(step) > 0:
+            chosen = everything[int(step) - 1 :: int(step)]
+        else:
+            raise ValueError(
+                f"`moe_layers` must be 'all', 'every:<step>', 'first_half', 'second_half' or a list of layer indices, "
+                f"got {moe_layers!r}."
+            )
+    else:
+        outside = [i for i in moe_layers if not 0 <= i < num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"`moe_layers` has {outside}, but the model has {num_hidden_layers} layers: use indices from 0 to "
+                f"{num_hidden_layers - 1}."
+            )
+        if len(set(moe_layers)) != len(moe_layers):
+            raise ValueError(f"`moe_layers` names a layer twice: {list(moe_layers)}.")
+        chosen = sorted(moe_layers)
+    if not chosen:
+        raise ValueError(f"`moe_layers={moe_layers!r}` selects none of the {num_hidden_layers} layers.")
+    return chosen
+
+
+@dataclass(kw_only=True)
+class MoeConfigMixin:
+    """Fields that turn a dense config into a MoE config. Put it before the dense config class:
+    `class MoeLlamaConfig(MoeConfigMixin, LlamaConfig)`.
+
+    Args:
+        num_experts (`int`, defaults to 8): Feed-forward experts per MoE layer, N.
+        num_experts_per_tok (`int`, defaults to 2): Experts each token is sent to, K.
+        moe_layers (`str` or `list[int]`, defaults to `"all"`): See [`parse_moe_layers`].
+        moe_intermediate_size (`int`, *optional*): Width I of one expert; the dense feed-forward's by default.
+        router_type (`str`, defaults to `"softmax_topk"`): See `hf_moe.list_routers()`.
+        router_config (`dict`, *optional*): Keyword arguments of that router.
+        expert_type (`str`, *optional*): See `hf_moe.list_experts()`; the backbone's own form by default.
+        num_shared_experts (`int`, defaults to 0): Experts every token passes through.
+        shared_expert_intermediate_size (`int`, *optional*): Width of one; `moe_intermediate_size` by default.
+        shared_expert_gate (`bool`, defaults to `False`): Weigh them with a sigmoid gate (Qwen2-MoE).
+        residual_expert (`bool`, defaults to `False`): A dense branch beside the experts (PR-MoE).
+        num_zero_experts, num_copy_experts, num_constant_experts (`int`, default 0): Zero-computation experts (MoE++).
+        expert_capacity_factor (`float`, *optional*): Capacity in training; `None` drops nothing.
+        router_tau (`float`, defaults to 1.0): Weight of zero-computation experts in balance loss and capacity.
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load-balance loss.
+        router_z_loss_coef (`float`, defaults to 0.0): Weight of the router z-loss.
+        balance_mode (`str`, defaults to `"micro"`): Where expert frequencies are taken from: `"micro"` this
+            micro-batch, `"rank"`, `"running"`, `"lagged"`, `"blend"` (2501.11873; see [`LoadBalancer`]).
+        balance_local_fraction (`float`, defaults to 0.0): Share of an extra micro-batch term.
+        router_bias_update_speed (`float`, defaults to 0.0): Step of the loss-free selection bias (DeepSeek-V3).
+        output_router_logits (`bool`, defaults to `False`): Return `router_logits`, `router_indices` and `aux_loss`.
+            The balance loss itself is applied in training whatever this says.
+        upcycling (`dict`, *optional*): Provenance written by [`upcycle`].
+    """
+
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_layers: str | list[int] = "all"
+    moe_intermediate_size: int | None = None
+    router_type: str = "softmax_topk"
+    router_config: dict[str, Any] = field(default_factory=dict)
+    expert_type: str | None = None
+    num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    residual_expert: bool = False
+    num_zero_experts: int = 0
+    num_copy_experts: int = 0
+    num_constant_experts: int = 0
+    expert_capacity_factor: float | int | None = None
+    router_tau: float | int = 1.0
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.0
+    balance_mode: str = "micro"
+    balance_local_fraction: float | int = 0.0
+    router_bias_update_speed: float | int = 0.0
+    output_router_logits: bool = False
+    upcycling: dict[str, Any] | None = None
+    # TRL reads `config.auto_map` of every model it loads by path; the Hub shim fills it.
+    auto_map: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self, **kwargs):
+        load_modeling(type(self))
+        super().__post_init__(**kwargs)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_width
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.moe_intermediate_size
+        if self.expert_type is None:
+            self.expert_type = self.default_expert_type
+
+    def __setstate__(self, state: dict) -> None:
+        # A config unpickled in a fresh process never runs `__post_init__`.
+        self.__dict__.update(state)
+        load_modeling(type(self))
+
+    # -- what a backbone may say differently ---------------------------------------------------------------------
+    @property
+    def default_expert_type(self) -> str:
+        """Expert bank of the same form as the backbone's dense feed-forward."""
+        return "swiglu_bias" if getattr(self, "mlp_bias", False) else "swiglu"
+
+    @property
+    def expert_activation(self) -> str:
+        """Name of the activation function of the experts."""
+        return self.hidden_act
+
+    @property
+    def intermediate_width(self) -> int:
+        """Width of the backbone's dense feed-forward."""
+        return self.intermediate_size
+
+    # -- derived -------------------------------------------------------------------------------------------------
+    @property
+    def num_zero_computation_experts(self) -> int:
+        """Zero, copy and constant experts together."""
+        return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
+
+    @property
+    def num_routing_targets(self) -> int:
+        """Everything a router can choose: feed-forward and zero-computation experts."""
+        return self.num_experts + self.num_zero_computation_experts
+
+    @property
+    def moe_layer_indices(self) -> list[int]:
+        """Indices of the MoE layers, sorted."""
+        return parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+
+    def validate_architecture(self):
+        """Cross-field rules, checked when the config is constructed and saved.
+
+        Raises:
+            ValueError: names the field, its value, what is allowed.
+        """
+        if hasattr(super(), "validate_architecture"):
+            super().validate_architecture()
+        from ..experts.registry import experts_class
+        from ..routing.registry import validate_router
+
+        if self.num_experts < 1:
+            raise ValueError(f"`num_experts` must be at least 1, got {self.num_experts}.")
+        for name in ("num_shared_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        targets = self.num_routing_targets
+        if not 1 <= self.num_experts_per_tok <= targets:
+            raise ValueError(
+                f"`num_experts_per_tok` must be between 1 and the number of experts ({targets}), got "
+                f"{self.num_experts_per_tok}."
+            )
+        parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.expert_capacity_factor is not None and not self.expert_capacity_factor > 0:
+            raise ValueError(
+                f"`expert_capacity_factor` must be above 0, or None to drop nothing, got {self.expert_capacity_factor}."
+            )
+        if not self.router_tau > 0:
+            raise ValueError(f"`router_tau` must be above 0, got {self.router_tau}.")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_speed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if self.balance_mode not in BALANCE_MODES:
+            raise ValueError(f"`balance_mode` must be one of {list(BALANCE_MODES)}, got {self.balance_mode!r}.")
+        if not 0 <= self.balance_local_fraction <= 1:
+            raise ValueError(f"`balance_local_fraction` must be between 0 and 1, got {self.balance_local_fraction}.")
+        if self.expert_type is not None:
+            experts_class(self.expert_type)
+        validate_router(self)

@@ -1,0 +1,479 @@
+"""What every MoE backbone adds to its dense model: blocks for feed-forwards, router state, router losses.
+
+A backbone file subclasses the dense classes with these mixins in front. Attention, caches, masks, generation and
+attention backends stay transformers' own.
+
+Shapes: B batch, S sequence, T = B * S tokens, D hidden, N experts, K per token.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from ..experts.stacked import StackedExperts
+from ..experts.zero_computation import ZeroComputationExperts
+from ..layers import MoeBlock
+from ..routing.base import BaseRouter
+from ..routing.load_balancer import LayerRouting, LoadBalancer, PendingBalance
+from ..routing.output import RoutingContext
+
+
+__all__ = [
+    "MoeDecoderLayerMixin",
+    "MoeForCausalLMMixin",
+    "MoeForSequenceClassificationMixin",
+    "MoeForTokenClassificationMixin",
+    "MoeModelMixin",
+    "MoePreTrainedMixin",
+    "MoeSequenceClassifierOutput",
+    "MoeTokenClassifierOutput",
+    "RoutedHiddenStates",
+]
+
+
+@dataclass
+class MoeModelOutput(MoeModelOutputWithPast):
+    """Base-model output. `router_indices` is a tuple, one per MoE layer, of int64 tensors of shape `(T, K)`."""
+
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MoeCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Language-model output; `aux_loss` is the unweighted load-balance loss, a mean over MoE layers."""
+
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MoeSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Sequence-classification output with the router fields of [`MoeCausalLMOutput`]."""
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MoeTokenClassifierOutput(TokenClassifierOutput):
+    """Token-classification output with the router fields of [`MoeCausalLMOutput`]."""
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+class RoutedHiddenStates(NamedTuple):
+    """Hidden states `(B, S, D)` on their way to the next layer together with the router state `(T, ...)`.
+
+    Handed on positionally, so that gradient checkpointing, `device_map` and compilation see ordinary data. Only
+    layers whose router carries state produce it; the last layer returns plain hidden states.
+    """
+
+    hidden_states: torch.Tensor
+    router_state: torch.Tensor
+
+
+class MoePreTrainedMixin:
+    """Goes in front of the dense `PreTrainedModel` subclass."""
+
+    # transformers decides by searching the model's source file for the decorator; our banks live elsewhere.
+    _can_set_experts_implementation_cached_value = True
+    _keep_in_fp32_modules_strict = {r"mlp\.gate\."}
+    #: Recorded by `capture_outputs`; a backbone adds its own layer and attention classes.
+    ROUTER_RECORDS = {
+        "router_logits": OutputRecorder(BaseRouter, index=0),
+        "router_indices": OutputRecorder(BaseRouter, index=2),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (BaseRouter, LoadBalancer, StackedExperts, ZeroComputationExperts)):
+            module.reset_parameters()
+
+    def moe_blocks(self) -> list[tuple[str, MoeBlock]]:
+        """Names and modules of the MoE blocks, in layer order."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, MoeBlock)]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As in transformers, but refuses reentrant checkpointing where it would silently drop gradients.
+
+        Raises:
+            ValueError: `use_reentrant=True` while the model has router losses or a router state: recorded logits
+                would have no graph.
+        """
+        config = self.config
+        needs_graph = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+        needs_graph = needs_graph or any(block.gate.carries_state for _, block in self.moe_blocks())
+        if needs_graph and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs={'use_reentrant': True}` would drop the gradient of the router losses "
+                "and router states. Use `{'use_reentrant': False}`, or set `router_aux_loss_coef=0`."
+            )
+        if gradient_checkpointing_kwargs is not None:
+            kwargs["gradient_checkpointing_kwargs"] = gradient_checkpointing_kwargs
+        super().gradient_checkpointing_enable(**kwargs)
+
+    def save_pretrained(self, save_directory, *args, code: str | None = "shim", **kwargs):
+        """As in transformers; also writes the one-line shim through which the checkpoint loads with
+        `trust_remote_code=True` where the plugin is installed but not imported.
+
+        Args:
+            code (`str`, *optional*, defaults to `"shim"`): `"shim"` or `None` for no code at all.
+        """
+        from ..hub import attach_shim
+
+        attach_shim(self, save_directory, code=code, is_main_process=kwargs.get("is_main_process", True))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class MoeDecoderLayerMixin:
+    """A pre-norm decoder layer whose `mlp` is a [`MoeBlock`] where the config says so. The attribute names are those
+    of the Llama family; other layouts override `forward`."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_last = layer_idx == config.num_hidden_layers - 1
+        if layer_idx in config.moe_layer_indices:
+            self.mlp = MoeBlock(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor | RoutedHiddenStates,
+        attention_mask: torch.Tensor | None = None,
+        routing_context: RoutingContext | None = None,
+        **kwargs,
+    ) -> torch.Tensor | RoutedHiddenStates:
+        """Attention and feed-forward, both residual; takes and returns `(B, S, D)`, with a router state if any."""
+        hidden_states, router_state = self.unpack(hidden_states)
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=hidden_states, attention_mask=attention_mask, **kwargs)
+        hidden_states = residual + hidden_states
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states, router_state = self.feed_forward(hidden_states, routing_context, router_state)
+        return self.pack(residual + hidden_states, router_state)
+
+    def feed_forward(
+        self, hidden_states: torch.Tensor, context: RoutingContext | None, router_state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`mlp`, sparse or dense. A dense layer hands the router state on unchanged."""
+        if not isinstance(self.mlp, MoeBlock):
+            return self.mlp(hidden_states), router_state
+        context = (context or RoutingContext())._replace(prev_state=router_state)
+        return self.mlp(hidden_states, context)
+
+    def unpack(self, hidden_states: torch.Tensor | RoutedHiddenStates) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Splits what the previous layer returned."""
+        return hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
+
+    def pack(
+        self, hidden_states: torch.Tensor, router_state: torch.Tensor | None
+    ) -> torch.Tensor | RoutedHiddenStates:
+        """Joins what the next layer gets."""
+        if self.is_last or router_state is None:
+            return hidden_states
+        return RoutedHiddenStates(hidden_states, router_state)
+
+
+class MoeModelMixin:
+    """Goes in front of the dense base model: swaps the layers in and tells routers what they may want to know."""
+
+    #: The decoder layer class of the backbone and the name of the list that holds the layers.
+    moe_layer_class: type
+    layers_attribute = "layers"
+
+    def post_init(self) -> None:
+        # The dense `__init__` ends with `post_init`: the last moment before weights are initialised.
+        layers = getattr(self, self.layers_attribute)
+        for index in range(len(layers)):
+            layers[index] = self.moe_layer_class(self.config, index)
+        self.load_balancer = LoadBalancer.from_config(self.config)
+        super().post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutput:
+        """The dense model's forward, with router logits and indices recorded where `output_router_logits`."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_router_indices=output_router_logits,
+            routing_context=self.routing_context(input_ids, attention_mask, inputs_embeds),
+            **kwargs,
+        )
+        return MoeModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=outputs.get("router_logits"),
+            router_indices=outputs.get("router_indices"),
+        )
+
+    def routing_context(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> RoutingContext:
+        """What routers may want to know about this call. A 2-D mask covers cached positions too; the last S count."""
+        batch, sequence = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        token_mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -sequence:].reshape(-1).bool()
+        flat_ids = None if input_ids is None else input_ids.reshape(-1)
+        return RoutingContext(flat_ids, token_mask, batch, sequence)
+
+
+class RouterLossesMixin:
+    """Router losses of a head, computed once per forward from what the base model recorded."""
+
+    def wants_routing(self, output_router_logits: bool | None) -> bool:
+        """Whether the base model should record routing: on request, and in training whenever a router loss is on."""
+        if output_router_logits or (output_router_logits is None and self.config.output_router_logits):
+            return True
+        has_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
+        return self.training and torch.is_grad_enabled() and (has_loss or self.config.router_bias_update_speed > 0)
+
+    def begin_balance(self, outputs: MoeModelOutput, *inputs: torch.Tensor | None) -> PendingBalance | None:
+        """Counts what the routers chose and starts the sum over ranks, which then runs while the head does.
+
+        Args:
+            outputs ([`MoeModelOutput`]): Of the base model.
+            inputs: `input_ids, attention_mask, inputs_embeds` of this call, for the mask the routers saw.
+
+        Returns:
+            [`PendingBalance`], or `None` where nothing was recorded.
+        """
+        if not outputs.router_logits:
+            return None
+        routers = [block.gate for _, block in self.base_model.moe_blocks()]
+        layers = [
+            LayerRouting.from_router(router, logits, index)
+            for router, logits, index in zip(routers, outputs.router_logits, outputs.router_indices, strict=True)
+        ]
+        return self.base_model.load_balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)
+
+    def add_router_losses(
+        self,
+        loss: torch.Tensor | None,
+        pending: PendingBalance | None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        labels_are_shifted: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Adds scale * (coefficient * value) of each router loss to `loss`.
+
+        Args:
+            loss (`torch.Tensor`, *optional*): Loss of the head; `None` stays `None`.
+            pending ([`PendingBalance`], *optional*): From `begin_balance`.
+            labels, num_items_in_batch, labels_are_shifted: They fix this micro-batch's share of the optimizer step;
+                see [`PendingBalance.finish`].
+
+        Returns:
+            `loss` and the unweighted `aux_loss` (`None` where nothing was recorded).
+        """
+        if pending is None:
+            return loss, None
+        losses = pending.finish(labels, num_items_in_batch, labels_are_shifted)
+        if loss is not None:
+            total = losses.total(self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
+            loss = loss + total.to(loss.device)
+        return loss, losses.aux_loss
+
+
+class MoeForCausalLMMixin(RouterLossesMixin):
+    """A language model: the backbone's base model and a linear head."""
+
+    #: The MoE base model class of the backbone.
+    base_class: type
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoeCausalLMOutput:
+        """Next-token logits; `loss` = cross-entropy + router losses where `labels` are given.
+
+        Args:
+            output_router_logits (`bool`, *optional*): Return `router_logits`, `router_indices` and `aux_loss`.
+                In training they are recorded, and the losses applied, whatever this says.
+        """
+        outputs = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=self.wants_routing(output_router_logits),
+            **kwargs,
+        )
+        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        shifted = kwargs.get("shift_labels") is not None
+        counted = kwargs["shift_labels"] if shifted else labels
+        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
+        return MoeCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+        )
+
+
+class _ClassifierMixin(RouterLossesMixin):
+    # Classification losses are means over the micro-batch, so Trainer has to divide them by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def encode(self, input_ids, attention_mask, inputs_embeds, output_router_logits, kwargs) -> MoeModelOutput:
+        return self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_router_logits=self.wants_routing(output_router_logits),
+            **kwargs,
+        )
+
+
+class MoeForSequenceClassificationMixin(_ClassifierMixin):
+    """Goes in front of `GenericForSequenceClassification`: the same head, with router losses and outputs."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeSequenceClassifierOutput:
+        """Logits `(B, num_labels)` read at the last token that is not padding.
+
+        Raises:
+            ValueError: several sequences and no `pad_token_id`: their ends cannot be told.
+        """
+        cache = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        outputs = self.encode(input_ids, attention_mask, inputs_embeds, output_router_logits, {**cache, **kwargs})
+        logits = self.score(outputs.last_hidden_state)  # (B, S, num_labels)
+        last = self.last_token(input_ids, attention_mask, logits)
+        pooled = logits[torch.arange(logits.shape[0], device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
+        loss, aux_loss = self.add_router_losses(loss, pending)
+        return MoeSequenceClassifierOutput(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+        )
+
+    def last_token(self, input_ids, attention_mask, logits: torch.Tensor) -> torch.Tensor | int:
+        """Position of the last real token of each sequence, `(B,)`, for left and right padding."""
+        pad = self.config.pad_token_id
+        if pad is None and logits.shape[0] != 1:
+            raise ValueError(
+                "`config.pad_token_id` is None, so the ends of several sequences cannot be told apart. Set it, or use "
+                "batches of one."
+            )
+        if pad is None or input_ids is None:
+            return -1
+        positions = torch.arange(input_ids.shape[-1], device=logits.device, dtype=torch.int32)
+        return (positions * (input_ids != pad).to(logits.device, torch.int32)).argmax(-1)
+
+
+class MoeForTokenClassificationMixin(_ClassifierMixin):
+    """Goes in front of `GenericForTokenClassification`: the same head, with router losses and outputs."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeTokenClassifierOutput:
+        """Logits `(B, S, num_labels)`."""
+        cache = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        outputs = self.encode(input_ids, attention_mask, inputs_embeds, output_router_logits, {**cache, **kwargs})
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
+        loss, aux_loss = self.add_router_losses(loss, pending)
+        return MoeTokenClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+        )

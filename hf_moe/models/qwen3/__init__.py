@@ -1,0 +1,31 @@
+"""`moe_qwen3`: Qwen3 with Mixture-of-Experts feed-forwards."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from ..backbone import declare_backbone
+from ..configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+
+
+__all__ = ["MoeQwen3Config"]
+
+
+@strict
+class MoeQwen3Config(MoeConfigMixin, Qwen3Config):
+    r"""Configuration of [`MoeQwen3Model`]: every field of `Qwen3Config` and of [`MoeConfigMixin`].
+
+    Example:
+
+    ```python
+    >>> from hf_moe import MoeQwen3Config, MoeQwen3ForCausalLM
+    >>> model = MoeQwen3ForCausalLM(MoeQwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2))
+    ```
+    """
+
+    model_type = "moe_qwen3"
+    attribute_map = {"num_local_experts": "num_experts"}
+    base_model_tp_plan = {**Qwen3Config.base_model_tp_plan, **EXPERT_TP_PLAN}
+    base_model_ep_plan = EXPERT_EP_PLAN
+
+
+__getattr__ = declare_backbone(__name__, MoeQwen3Config, "transformers.models.qwen3.modeling_qwen3", "Qwen3")

@@ -1,0 +1,282 @@
+"""The router pipeline: logits -> scores -> choice -> index -> weights -> post-processors -> padding mask.
+
+Shapes: T tokens, D hidden, N experts (all, zero-computation ones included), K per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .capacity import CAPACITY_POLICIES, apply_capacity, pack_slots
+from .output import RouterOutput, RoutingContext
+
+
+__all__ = ["BaseRouter", "LinearRouter"]
+
+# Renormalisation divides by a sum that sigmoid scores can bring close to 0.
+EPSILON = 1e-20
+
+
+class BaseRouter(nn.Module):
+    """Sends each token to `K` of `N` experts. A new router overrides the steps it changes, nothing else.
+
+    The steps, in the order `forward` runs them: `compute_logits`, `scores`, `choice_scores` (no gradient),
+    `select`, `weigh`, capacity, padding mask. Weights are gathered from the *unbiased* scores, so that selection
+    biases and noise never enter the output. Everything is float32 until the weights are cast at the end.
+
+    Args:
+        config: A model config with `hidden_size`, `num_routing_targets`, `num_experts_per_tok`.
+        layer_idx (`int`): Index of the decoder layer.
+        temperature (`float`, defaults to 1.0): Divides the logits; kept in a 0-dim buffer that a schedule may write.
+        norm_topk_prob (`bool`, defaults to `True`): Renormalise the chosen weights to sum 1.
+        routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights.
+        capacity_policy (`str`, defaults to `"order"`): See [`apply_capacity`].
+        schedules (`dict`, *optional*): Schedules of this router's buffers, by buffer name (see `RouterScheduleCallback`).
+    """
+
+    router_type: str = ""
+    #: True where the router reads `RoutingContext.prev_state` and returns a state: the layers then hand it on.
+    carries_state: bool = False
+    #: True where a token's route depends on other tokens of the batch, later ones included.
+    non_causal: bool = False
+
+    def __init__(
+        self,
+        config: Any,
+        layer_idx: int,
+        *,
+        temperature: float = 1.0,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        capacity_policy: str = "order",
+        schedules: dict | None = None,
+    ):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.num_experts = config.num_routing_targets
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
+        self.capacity_factor = config.expert_capacity_factor
+        self.capacity_policy = capacity_policy
+        self.initializer_range = config.initializer_range
+        self.initial_temperature = float(temperature)
+        self.register_buffer("temperature", torch.tensor(self.initial_temperature))
+
+    @classmethod
+    def validate_config(cls, config: Any, **options) -> None:
+        """Refuses option values that cannot work; runs when the model config is constructed.
+
+        Raises:
+            ValueError: names the option, its value and what is allowed.
+        """
+        temperature = options.get("temperature", 1.0)
+        if not temperature > 0:
+            raise ValueError(f"`router_config['temperature']` must be above 0, got {temperature}.")
+        policy = options.get("capacity_policy", "order")
+        if policy not in CAPACITY_POLICIES:
+            raise ValueError(
+                f"`router_config['capacity_policy']` must be one of {list(CAPACITY_POLICIES)}, got {policy!r}."
+            )
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+    def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        """Raw scores of every expert, float32.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): Router input.
+            context ([`RoutingContext`]): What else is known.
+
+        Returns:
+            `torch.Tensor` of shape `(T, N)`.
+        """
+        raise TypeError(f"{type(self).__name__} must define `compute_logits`.")
+
+    def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Logits -> non-negative scores, both `(T, N)`. Softmax unless a subclass says otherwise."""
+        return torch.softmax(router_logits / self.temperature.float(), dim=-1)
+
+    def choice_scores(self, scores: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        """What the choice is made on, `(T, N)`: biases, noise and group limits enter here and nowhere else."""
+        return scores
+
+    def select(self, choice_scores: torch.Tensor) -> torch.Tensor:
+        """The `K` best experts of each token, `(T, K)`."""
+        return torch.topk(choice_scores, self.top_k, dim=-1).indices
+
+    def weigh(self, scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Mixing weights `(T, K)`: g_i = s_i, divided by the sum over the chosen where `norm_topk_prob`."""
+        weights = scores.gather(-1, top_k_index)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
+        return weights * self.routed_scaling_factor
+
+    def next_state(self, router_logits: torch.Tensor) -> torch.Tensor | None:
+        """What the next MoE layer's router receives as `prev_state`."""
+        return None
+
+    def capacity(self, num_assignments: torch.Tensor | int) -> torch.Tensor:
+        """Assignments each expert takes out of `num_assignments` (K x tokens): C = factor * assignments / N, `(N,)`."""
+        share = torch.full((self.num_experts,), 1.0 / self.num_experts, device=self.temperature.device)
+        return self.capacity_factor * num_assignments * share
+
+    # -- pipeline ------------------------------------------------------------------------------------------------
+    def forward(self, hidden_states: torch.Tensor, context: RoutingContext | None = None) -> RouterOutput:
+        """Routes `T` tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)` or `(B, S, D)`): Router input.
+            context ([`RoutingContext`], *optional*): Token mask, ids, state of the previous router.
+
+        Returns:
+            [`RouterOutput`]
+        """
+        context = context if context is not None else RoutingContext()
+        hidden_states = hidden_states.reshape(-1, self.hidden_size)
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            router_logits = self.compute_logits(hidden_states, context)  # (T, N)
+            scores = self.scores(router_logits)  # (T, N)
+            with torch.no_grad():
+                index = self.select(self.choice_scores(scores.detach(), router_logits.detach()))  # (T, K)
+            weights = self.weigh(scores, index)  # (T, K)
+            index, weights = self.post_process(index, weights, context)
+        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index, self.next_state(router_logits))
+
+    def post_process(
+        self, index: torch.Tensor, weights: torch.Tensor, context: RoutingContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Padding mask, then capacity (training only: dropping tokens at evaluation would make a token's output
+        depend on its batch). Both leave empty slots."""
+        token_mask = context.token_mask
+        if token_mask is not None:
+            real = token_mask.reshape(-1, 1)
+            weights = weights.masked_fill(~real, 0.0)
+            index = index.masked_fill(~real, self.num_experts)
+        if self.capacity_factor is not None and self.training:
+            tokens = index.shape[0] if token_mask is None else token_mask.sum()
+            capacity = self.capacity(self.top_k * tokens)
+            return apply_capacity(index, weights, capacity, self.capacity_policy)
+        if self.choice_differs_from_scores:
+            return pack_slots(index, weights, index < self.num_experts, self.num_experts)
+        return index, weights
+
+    @property
+    def choice_differs_from_scores(self) -> bool:
+        """Whether the order of the choice can differ from the order of the weights: slots are then sorted again."""
+        return False
+
+    # -- what losses ask -----------------------------------------------------------------------------------------
+    def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """The distribution p of the balance loss, rows summing to 1, before any bias, `(T, N)`."""
+        scores = self.scores(router_logits)
+        return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
+
+    @property
+    def balance_weights(self) -> torch.Tensor | None:
+        """Weight of each expert in the balance loss, `(N,)`; `None` means all equal."""
+        return None
+
+    # -- initialisation ------------------------------------------------------------------------------------------
+    def reset_parameters(self) -> None:
+        """Initial values, through `transformers.initialization` so that loaded values are kept."""
+        init.constant_(self.temperature, self.initial_temperature)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+class LinearRouter(BaseRouter):
+    """Base of routers whose logits are one matrix product, h W^T, in float32.
+
+    Args:
+        selection_bias (`bool`, defaults to `False`): Add the buffer `e_score_correction_bias` (N,) to the choice
+            scores (loss-free balancing, DeepSeek-V3 2412.19437 Eq. 16); `router_bias_update_speed` trains it.
+        num_expert_groups (`int`, defaults to 1): Experts are split in this many groups of equal size.
+        top_k_groups (`int`, *optional*): Only the groups with the best sum of two best choice scores stay eligible.
+        noise (`str`, *optional*): In training, `"gaussian"` adds N(0, noise_std) to the logits of the choice and
+            `"jitter"` multiplies the router's input by U(1 - noise_std, 1 + noise_std) (Switch 2101.03961).
+        noise_std (`float`, defaults to 0.01): A 0-dim buffer that a schedule may write.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_idx: int,
+        *,
+        selection_bias: bool = False,
+        num_expert_groups: int = 1,
+        top_k_groups: int | None = None,
+        noise: str | None = None,
+        noise_std: float = 0.01,
+        **kwargs,
+    ):
+        super().__init__(config, layer_idx, **kwargs)
+        self.num_expert_groups = num_expert_groups
+        self.top_k_groups = top_k_groups if top_k_groups is not None else num_expert_groups
+        self.noise = noise
+        self.initial_noise_std = float(noise_std)
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
+        if noise is not None:
+            self.register_buffer("noise_std", torch.tensor(self.initial_noise_std))
+        needs_bias = selection_bias or getattr(config, "router_bias_update_speed", 0.0) > 0
+        bias = torch.zeros(self.num_experts) if needs_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.reset_parameters()
+
+    @classmethod
+    def validate_config(cls, config: Any, **options) -> None:
+        super().validate_config(config, **options)
+        noise = options.get("noise")
+        if noise not in (None, "gaussian", "jitter"):
+            raise ValueError(f"`router_config['noise']` must be None, 'gaussian' or 'jitter', got {noise!r}.")
+        std = options.get("noise_std", 0.01)
+        if std < 0 or (noise == "jitter" and std >= 1):
+            raise ValueError(f"`router_config['noise_std']` must be at least 0, and below 1 for jitter, got {std}.")
+        groups, experts = options.get("num_expert_groups", 1), config.num_routing_targets
+        if groups < 1 or experts % groups:
+            raise ValueError(
+                f"`router_config['num_expert_groups']` must divide the number of experts ({experts}), got {groups}."
+            )
+        kept = options.get("top_k_groups", groups)
+        kept = groups if kept is None else kept
+        if not 1 <= kept <= groups or kept * (experts // groups) < config.num_experts_per_tok:
+            raise ValueError(
+                f"`router_config['top_k_groups']` must be between 1 and `num_expert_groups` ({groups}) and leave at "
+                f"least `num_experts_per_tok` ({config.num_experts_per_tok}) experts, got {kept}."
+            )
+
+    def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        hidden_states = hidden_states.float()
+        if self.noise == "jitter" and self.training:
+            half_width = self.noise_std.float()
+            hidden_states = hidden_states * (1 + half_width * (2 * torch.rand_like(hidden_states) - 1))
+        return F.linear(hidden_states, self.weight.float())  # (T, N)
+
+    def choice_scores(self, scores: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        if self.noise == "gaussian" and self.training:
+            scores = self.scores(router_logits + self.noise_std.float() * torch.randn_like(router_logits))
+        if self.e_score_correction_bias is not None:
+            scores = scores + self.e_score_correction_bias.float()
+        if self.top_k_groups < self.num_expert_groups:
+            grouped = scores.unflatten(-1, (self.num_expert_groups, -1))  # (T, groups, N / groups)
+            group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, groups)
+            kept = group_score.topk(self.top_k_groups, dim=-1).indices
+            eligible = torch.zeros_like(group_score, dtype=torch.bool).scatter(-1, kept, True)
+            scores = grouped.masked_fill(~eligible.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores
+
+    @property
+    def choice_differs_from_scores(self) -> bool:
+        return self.e_score_correction_bias is not None or (self.noise == "gaussian" and self.training)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.normal_(self.weight, mean=0.0, std=self.initializer_range)
+        if self.noise is not None:
+            init.constant_(self.noise_std, self.initial_noise_std)
+        if self.e_score_correction_bias is not None:
+            init.zeros_(self.e_score_correction_bias)

@@ -1,0 +1,98 @@
+"""Routers by name: `config.router_type` chooses the class, `config.router_config` holds its keyword arguments."""
+
+import difflib
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .base import BaseRouter
+
+
+__all__ = ["build_router", "list_routers", "register_router", "router_class", "validate_router"]
+
+ROUTERS: dict[str, type["BaseRouter"]] = {}
+
+# One line per router of this package: its name and the file that registers it, imported when first asked for.
+BUILTIN = {
+    "gating_residual": "gating_residual",
+    "moepp_release": "gating_residual",
+    "sigmoid_topk": "topk",
+    "softmax_topk": "topk",
+}
+
+
+def register_router(name: str):
+    """Class decorator that makes a router available as `router_type=name`.
+
+    Raises:
+        ValueError: another class already has that name.
+    """
+
+    def decorate(cls: type["BaseRouter"]) -> type["BaseRouter"]:
+        known = ROUTERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"`router_type={name!r}` is already taken by {known.__qualname__}; choose another name.")
+        ROUTERS[name] = cls
+        cls.router_type = name
+        return cls
+
+    return decorate
+
+
+def list_routers() -> list[str]:
+    """Names accepted by `router_type`, sorted."""
+    return sorted({*BUILTIN, *ROUTERS})
+
+
+def router_class(name: str) -> type["BaseRouter"]:
+    """The class registered as `name`.
+
+    Raises:
+        ValueError: no such router; the message lists the names there are and the nearest one.
+    """
+    if name not in ROUTERS and name in BUILTIN:
+        importlib.import_module(f".{BUILTIN[name]}", __package__)
+    if name in ROUTERS:
+        return ROUTERS[name]
+    near = difflib.get_close_matches(str(name), list_routers(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`router_type={name!r}` is not a known router. Choose one of {list_routers()}.{hint}")
+
+
+def router_options(cls: type["BaseRouter"]) -> set[str]:
+    """Keyword arguments a router class accepts, its base classes' included."""
+    options: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters.values()
+        options |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return options
+
+
+def validate_router(config: Any) -> None:
+    """Checks `router_type` and `router_config` without building anything; called when a config is constructed.
+
+    Raises:
+        ValueError: unknown router, unknown option, or an option value the router refuses.
+    """
+    cls = router_class(config.router_type)
+    options = router_options(cls)
+    for key in config.router_config:
+        if key not in options:
+            near = difflib.get_close_matches(key, options, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"`router_config` has {key!r}, which router {config.router_type!r} does not know. "
+                f"It takes {sorted(options)}.{hint}"
+            )
+    cls.validate_config(config, **config.router_config)
+
+
+def build_router(config: Any, layer_idx: int) -> "BaseRouter":
+    """The router of layer `layer_idx` as `config` describes it."""
+    return router_class(config.router_type)(config, layer_idx, **config.router_config)
