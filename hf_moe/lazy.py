@@ -14,8 +14,8 @@ def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable, Ca
 
     Args:
         package (`str`): The package's `__name__`.
-        exports (`Mapping[str, str]`): Public name to the module that defines it, relative
-            (`".callbacks"`) or absolute.
+        exports (`Mapping[str, str]`): Public name to the module that defines it, relative (`".callbacks"`) or
+            absolute. A name equal to the module's own, as in `{"metrics": ".metrics"}`, may also mean the module.
 
     Returns:
         `tuple`: The two module functions and the sorted list of public names.
@@ -30,7 +30,9 @@ def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable, Ca
     def __getattr__(name: str) -> Any:
         if name not in exports:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(exports[name], package), name)
+        module = importlib.import_module(exports[name], package)
+        is_module = exports[name].rpartition(".")[2] == name
+        value = getattr(module, name, module) if is_module else getattr(module, name)
         setattr(sys.modules[package], name, value)  # the next access is a plain attribute read
         return value
 

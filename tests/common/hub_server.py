@@ -63,10 +63,10 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def files(self, repo: str, kind: str = "model") -> dict[str, bytes]:
-        """The files at the head of `main`."""
+    def files(self, repo: str, kind: str = "model", revision: str = "main") -> dict[str, bytes]:
+        """The files at the head of a branch."""
         entry = self.repos[kind, repo]
-        return entry["commits"][entry["heads"]["main"]]
+        return entry["commits"][entry["heads"][revision]]
 
     def create(self, repo: str, kind: str = "model") -> bool:
         if (kind, repo) in self.repos:
@@ -179,6 +179,14 @@ class _Handler(BaseHTTPRequestHandler):
         sha = self.hub.commit(repo, [json.loads(line) for line in body.splitlines()], kind.removesuffix("s"), revision)
         self._json({"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
 
+    def branch(self, body, query, kind, repo, revision):
+        if (snapshot := self._snapshot(kind, repo, "main")) is None:
+            return
+        heads = self.hub.repos[kind.removesuffix("s"), repo]["heads"]
+        is_new = revision not in heads
+        heads.setdefault(revision, snapshot[0])
+        self._json({}, 200 if is_new else 409)
+
     def info(self, body, query, kind, repo, revision):
         if (snapshot := self._snapshot(kind, repo, revision or "main")) is None:
             return
@@ -247,6 +255,7 @@ _ROUTES = [
     (r"POST /api/validate-yaml", "validate"),
     (rf"POST /api{REPO}/preupload/(?P<revision>.+)", "preupload"),
     (rf"POST /api{REPO}/commit/(?P<revision>.+)", "commit"),
+    (rf"POST /api{REPO}/branch/(?P<revision>.+)", "branch"),
     (rf"GET /api{REPO}(/revision/(?P<revision>.+))?", "info"),
     (rf"GET /api{REPO}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
     (rf"POST /api{REPO}/paths-info/(?P<revision>.+)", "paths_info"),

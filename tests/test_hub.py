@@ -1,0 +1,209 @@
+"""Shim and push: what a pushed repository needs on the machine that loads it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from hf_moe.hub import SHIM_FILE, attach_shim, check_tokenizer, push_to_hub, shim_auto_map, write_shim
+from hf_moe.models.llama import MoeLlamaConfig, MoeLlamaForCausalLM
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_moe":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+LOGITS = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("me/moe"{flag})
+model = AutoModelForCausalLM.from_pretrained("me/moe"{flag}).eval()
+with torch.no_grad():
+    logits = model(**tokenizer("The river runs", return_tensors="pt")).logits
+assert type(model).__module__.startswith("hf_moe.models.llama"), type(model)
+print(f"{{logits.double().sum().item():.9f}}")
+"""
+
+
+@pytest.fixture
+def config(tiny_llama_config):
+    fields = {key: getattr(tiny_llama_config, key) for key in ("vocab_size", "hidden_size", "num_attention_heads")}
+    return MoeLlamaConfig(**fields, intermediate_size=32, num_hidden_layers=2, num_key_value_heads=2, num_experts=4)
+
+
+@pytest.fixture
+def model(config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MoeLlamaForCausalLM(config).eval()
+
+
+def test_the_shim_is_one_import_line_and_every_auto_class_finds_its_class(config, tmp_path):
+    path = write_shim(tmp_path, config)
+    text = path.read_text()
+    assert text.startswith("from hf_moe.models.llama import MoeLlamaConfig, MoeLlamaForCausalLM")
+    assert text.count("\n") == 1
+    namespace = {}
+    exec(text, namespace)
+    assert config.auto_map == shim_auto_map(config)
+    assert set(config.auto_map) == {
+        "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }  # fmt: skip
+    for reference in config.auto_map.values():
+        module, name = reference.split(".")
+        assert module == SHIM_FILE.removesuffix(".py") and name in namespace
+
+
+def test_a_native_type_needs_no_shim(tmp_path):
+    assert write_shim(tmp_path, MixtralConfig()) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_pretrained_writes_the_shim_by_default_and_none_removes_it(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / SHIM_FILE).is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == shim_auto_map(model.config)
+    model.save_pretrained(tmp_path, code=None)
+    assert not (tmp_path / SHIM_FILE).exists()
+    assert not json.loads((tmp_path / "config.json").read_text()).get("auto_map")
+
+
+def test_a_checkpoint_with_shim_loads_without_prompt_where_hf_moe_is_imported(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for flag in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **flag)
+        assert type(loaded) is MoeLlamaForCausalLM
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_saving_what_was_loaded_through_the_shim_copies_no_code(model, run_python, tmp_path):
+    model.save_pretrained(tmp_path / "first")
+    code = f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "first")!r}, trust_remote_code=True)
+model.save_pretrained({str(tmp_path / "second")!r})
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    for name in ("config.json", SHIM_FILE):
+        assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
+    assert [path.name for path in (tmp_path / "second").glob("*.py")] == [SHIM_FILE]
+
+
+def test_unknown_code_and_a_file_as_folder_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="`code` must be \"shim\" or None, got 'copy'"):
+        attach_shim(model, tmp_path, code="copy")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="`save_directory` must be a folder"):
+        model.save_pretrained(tmp_path / "file")
+
+
+def test_classes_of_a_script_cannot_have_a_shim(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(config), "__module__", "__main__")
+    with pytest.raises(ValueError, match="`MoeLlamaConfig` is defined in a script"):
+        write_shim(tmp_path, config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(model, tiny_tokenizer):
+    check_tokenizer(model, tiny_tokenizer)
+    tiny_tokenizer.add_tokens(["<one>", "<more>"])
+    with pytest.raises(ValueError, match=r"`tokenizer` has 386 entries .* embeddings for 384"):
+        check_tokenizer(model, tiny_tokenizer)
+
+
+def test_missing_files_are_named_before_anything_is_pushed(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`files` names .*absent.png"):
+        push_to_hub(model, "me/moe", files=[tmp_path / "absent.png"])
+
+
+@pytest.fixture
+def pushed(hub, model, run_python, tmp_path, tiny_tokenizer_dir):
+    """The loopback Hub with `me/moe` on it; returns `(hub, function running code against it)`."""
+    model.save_pretrained(tmp_path / "local")
+    code = f"""
+import hf_moe
+from hf_moe.hub import push_to_hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "local")!r})
+push_to_hub(model, "me/moe", tokenizer=AutoTokenizer.from_pretrained({str(tiny_tokenizer_dir)!r}))
+"""
+    result = run_python(code, env=hub.environment(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    return hub, lambda code: run_python(code, env=hub.environment(tmp_path / "other-home"))
+
+
+def test_a_pushed_model_loads_imported_or_not_and_says_what_to_install(pushed, model, tiny_tokenizer):
+    hub, run = pushed
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", SHIM_FILE} <= set(hub.files("me/moe"))
+    assert sum(" /api/models/me/moe/commit/" in request for request in hub.requests) == 1
+    with torch.no_grad():
+        logits = model(**tiny_tokenizer("The river runs", return_tensors="pt")).logits
+    expected = f"{logits.double().sum().item():.9f}"
+
+    result = run("import hf_moe" + LOGITS.format(flag=""))
+    assert result.stdout.strip() == expected, result.stderr
+    result = run(LOGITS.format(flag=", trust_remote_code=True"))
+    assert result.stdout.strip() == expected, result.stderr
+    result = run(BLOCKED + LOGITS.format(flag=", trust_remote_code=True"))
+    assert result.returncode == 1
+    assert "Run `pip install hf_moe`" in result.stderr.splitlines()[-1]
+
+
+def test_a_second_push_leaves_no_stale_weights_and_keeps_an_edited_card(pushed, tmp_path):
+    hub, run = pushed
+    hub.commit("me/moe", [{"key": "file", "value": {"path": "README.md", "content": "IyBtaW5l"}}])  # "# mine"
+    code = f"""
+import hf_moe
+from hf_moe.hub import push_to_hub
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/moe")
+push_to_hub(model, "me/moe", max_shard_size="20KB", code=None)
+push_to_hub(model, "me/moe", revision="v2", files=[{str(tmp_path / "plot.png")!r}])
+"""
+    (tmp_path / "plot.png").write_bytes(b"png")
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    files = hub.files("me/moe")
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert SHIM_FILE not in files and not json.loads(files["config.json"]).get("auto_map")
+    assert files["README.md"] == b"# mine"
+    files = hub.files("me/moe", revision="v2")
+    assert files["plot.png"] == b"png" and "model.safetensors" in files and SHIM_FILE in files
+
+
+def test_a_native_model_is_pushed_without_shim(hub, run_python, tmp_path):
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      num_key_value_heads=1, num_local_experts=2)
+    ).save_pretrained(tmp_path / "mixtral")  # fmt: skip
+    code = f"""
+from hf_moe.hub import push_to_hub
+from transformers import AutoModelForCausalLM
+push_to_hub(AutoModelForCausalLM.from_pretrained({str(tmp_path / "mixtral")!r}), "native")
+"""
+    result = run_python(code, env=hub.environment(tmp_path / "home"))
+    assert result.returncode == 0, result.stderr
+    assert SHIM_FILE not in hub.files("me/native")
+    result = run_python(
+        BLOCKED + "from transformers import AutoModelForCausalLM as A; print(type(A.from_pretrained('me/native')))",
+        env=hub.environment(tmp_path / "home"),
+    )
+    assert "MixtralForCausalLM" in result.stdout, result.stderr
+
+
+def test_the_config_alone_loads_through_the_shim(model, run_python, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    code = f"""
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True)
+print(config.model_type, config.num_experts)
+"""
+    assert run_python(code).stdout.split() == ["moe_llama", "4"]
+    assert AutoConfig.from_pretrained(tmp_path / "saved").num_experts == 4
