@@ -5,13 +5,14 @@
 
 __version__ = "0.1.0"
 
+from .lazy import lazy_exports
 from .versions import check_versions
 
 
+# Before anything of transformers is touched: an unsupported version should fail with a sentence, not somewhere inside.
 check_versions()
 
-from . import models
-from .lazy import lazy_exports
+from . import models as models  # noqa: E402  (announces every model type)
 
 
 _BACKBONES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}

@@ -1,6 +1,6 @@
 """The MoE block: router + experts (+ zero-computation experts, shared experts, residual branch).
 
-Shapes: B batch, S sequence, T = B * S tokens, D hidden, N feed-forward experts, Z zero-computation experts, K per token.
+Shapes: B batch, S sequence, T = B * S tokens, D hidden, N feed-forward and Z zero-computation experts, K per token.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Expert banks: stacked 3-D parameters behind transformers' experts contract, and experts that cost nothing."""
 
-from ..lazy import lazy_exports
+from hf_moe.lazy import lazy_exports
 
 
 __getattr__, __dir__, __all__ = lazy_exports(

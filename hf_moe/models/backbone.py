@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..registration import register_config
+from hf_moe.registration import register_config
 
 
 __all__ = ["Backbone", "declare_backbone"]

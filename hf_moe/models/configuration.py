@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..registration import load_modeling
+from hf_moe.registration import load_modeling
 
 
 __all__ = ["BALANCE_MODES", "MoeConfigMixin", "parse_moe_layers"]
@@ -186,8 +186,8 @@ class MoeConfigMixin:
         """
         if hasattr(super(), "validate_architecture"):
             super().validate_architecture()
-        from ..experts.registry import experts_class
-        from ..routing.registry import validate_router
+        from hf_moe.experts.registry import experts_class
+        from hf_moe.routing.registry import validate_router
 
         if self.num_experts < 1:
             raise ValueError(f"`num_experts` must be at least 1, got {self.num_experts}.")
@@ -206,7 +206,8 @@ class MoeConfigMixin:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.expert_capacity_factor is not None and not self.expert_capacity_factor > 0:
             raise ValueError(
-                f"`expert_capacity_factor` must be above 0, or None to drop nothing, got {self.expert_capacity_factor}."
+                "`expert_capacity_factor` must be above 0, or None to drop nothing, got "
+                f"{self.expert_capacity_factor}."
             )
         if not self.router_tau > 0:
             raise ValueError(f"`router_tau` must be above 0, got {self.router_tau}.")

@@ -21,12 +21,12 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..experts.stacked import StackedExperts
-from ..experts.zero_computation import ZeroComputationExperts
-from ..layers import MoeBlock
-from ..routing.base import BaseRouter
-from ..routing.load_balancer import LayerRouting, LoadBalancer, PendingBalance
-from ..routing.output import RoutingContext
+from hf_moe.experts.stacked import StackedExperts
+from hf_moe.experts.zero_computation import ZeroComputationExperts
+from hf_moe.layers import MoeBlock
+from hf_moe.routing.base import BaseRouter
+from hf_moe.routing.load_balancer import LayerRouting, LoadBalancer, PendingBalance
+from hf_moe.routing.output import RoutingContext
 
 
 __all__ = [
@@ -133,7 +133,7 @@ class MoePreTrainedMixin:
         Args:
             code (`str`, *optional*, defaults to `"shim"`): `"shim"` or `None` for no code at all.
         """
-        from ..hub import attach_shim
+        from hf_moe.hub import attach_shim
 
         attach_shim(self, save_directory, code=code, is_main_process=kwargs.get("is_main_process", True))
         return super().save_pretrained(save_directory, *args, **kwargs)

@@ -1,6 +1,6 @@
 """Routers: which experts a token is sent to, and the losses and statistics of that decision."""
 
-from ..lazy import lazy_exports
+from hf_moe.lazy import lazy_exports
 
 
 __getattr__, __dir__, __all__ = lazy_exports(

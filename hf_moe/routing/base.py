@@ -34,7 +34,7 @@ class BaseRouter(nn.Module):
         norm_topk_prob (`bool`, defaults to `True`): Renormalise the chosen weights to sum 1.
         routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights.
         capacity_policy (`str`, defaults to `"order"`): See [`apply_capacity`].
-        schedules (`dict`, *optional*): Schedules of this router's buffers, by buffer name (see `RouterScheduleCallback`).
+        schedules (`dict`, *optional*): Schedules of this router's buffers by name; see `RouterScheduleCallback`.
     """
 
     router_type: str = ""
@@ -120,7 +120,7 @@ class BaseRouter(nn.Module):
         return None
 
     def capacity(self, num_assignments: torch.Tensor | int) -> torch.Tensor:
-        """Assignments each expert takes out of `num_assignments` (K x tokens): C = factor * assignments / N, `(N,)`."""
+        """Assignments each expert takes of `num_assignments` (K x tokens): C = factor * assignments / N, `(N,)`."""
         share = torch.full((self.num_experts,), 1.0 / self.num_experts, device=self.temperature.device)
         return self.capacity_factor * num_assignments * share
 

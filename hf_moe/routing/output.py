@@ -12,7 +12,7 @@ __all__ = ["RouterOutput", "RoutingContext"]
 
 
 class RouterOutput(NamedTuple):
-    """One routing decision. A tuple, so that transformers' `OutputRecorder(BaseRouter, index=0)` can record its fields.
+    """One routing decision. A tuple, so that transformers' `OutputRecorder(BaseRouter, index=0)` can record it.
 
     An *empty slot* has `top_k_index == num_experts` and weight exactly 0. Active slots come first, heaviest first;
     a token whose slots are all empty gets output 0.

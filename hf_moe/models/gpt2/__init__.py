@@ -3,8 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 
-from ..backbone import declare_backbone
-from ..configuration import MoeConfigMixin
+from hf_moe.models.backbone import declare_backbone
+from hf_moe.models.configuration import MoeConfigMixin
 
 
 __all__ = ["MoeGPT2Config"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..modeling import MoeDecoderLayerMixin, RoutedHiddenStates
+from hf_moe.models.modeling import MoeDecoderLayerMixin, RoutedHiddenStates
 
 
 __all__ = ["MoeGPT2BlockMixin"]

@@ -3,8 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from ..backbone import declare_backbone
-from ..configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+from hf_moe.models.backbone import declare_backbone
+from hf_moe.models.configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
 
 
 __all__ = ["MoeLlamaConfig"]
