@@ -1,0 +1,41 @@
+"""One MoE layer's recorded decision, as losses and statistics read it.
+
+Shapes: T tokens, N experts (all, zero-computation ones included), K per token.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+__all__ = ["LayerRouting"]
+
+
+class LayerRouting(NamedTuple):
+    """What one MoE layer decided, as the losses and statistics need it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(T, N)`): `RouterOutput.router_logits`.
+        index (`torch.Tensor` of shape `(T, K)`): `RouterOutput.top_k_index`; N marks an empty slot.
+        probabilities (`torch.Tensor` of shape `(T, N)` or callable, *optional*): The distribution p, or the function
+            that makes it from the logits (`router.probabilities`). Softmax of the logits by default.
+        balance_weights (`torch.Tensor` of shape `(N,)`, *optional*): eta of the heterogeneous loss.
+    """
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None
+    balance_weights: torch.Tensor | None = None
+
+    @classmethod
+    def from_router(cls, router: nn.Module, logits: torch.Tensor, index: torch.Tensor) -> "LayerRouting":
+        """The recorded logits and index of `router`, with its own `probabilities` and `balance_weights`."""
+        return cls(logits, index, getattr(router, "probabilities", None), getattr(router, "balance_weights", None))
+
+    def distribution(self) -> torch.Tensor:
+        """p, `(T, N)`, with gradient to the logits."""
+        if self.probabilities is None:
+            return torch.softmax(self.logits.float(), dim=-1)
+        return self.probabilities(self.logits) if callable(self.probabilities) else self.probabilities

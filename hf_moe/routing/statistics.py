@@ -1,0 +1,174 @@
+"""Routing statistics: who is used, how evenly, how decidedly. Detached, without padding, summed over processes.
+
+Shapes: T tokens, L MoE layers, N experts (of the widest layer), K per token.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .balance import count_tokens, expert_counts, flat_mask, normalize_counts
+from .layer_routing import LayerRouting
+
+
+__all__ = ["RouterStats", "RoutingSummary"]
+
+
+class RoutingSummary(NamedTuple):
+    """What [`RouterStats`] found. Experts a narrower layer does not have are 0 in `(L, N)` fields.
+
+    Args:
+        counts (`torch.Tensor` of shape `(L, N)`): Assignments, int64.
+        load (`torch.Tensor` of shape `(L, N)`): Share of assignments; rows sum to 1.
+        mean_probability (`torch.Tensor` of shape `(L, N)`): P; rows sum to 1.
+        entropy (`torch.Tensor` of shape `(L,)`): Mean over tokens of the entropy of p, in nats: log N is undecided.
+        load_entropy (`torch.Tensor` of shape `(L,)`): Entropy of `load`, in nats: log N is perfectly even.
+        max_violation (`torch.Tensor` of shape `(L,)`): max_i c_i / mean(c) - 1: 0 is perfectly even
+            ([2408.15664](https://huggingface.co/papers/2408.15664), Eq. 4).
+        dead_share (`torch.Tensor` of shape `(L,)`): Share of experts that received nothing.
+        active_experts (`torch.Tensor` of shape `(L,)`): Mean number of active slots per token.
+        num_tokens (`int`): Tokens seen.
+    """
+
+    counts: torch.Tensor
+    load: torch.Tensor
+    mean_probability: torch.Tensor
+    entropy: torch.Tensor
+    load_entropy: torch.Tensor
+    max_violation: torch.Tensor
+    dead_share: torch.Tensor
+    active_experts: torch.Tensor
+    num_tokens: int
+
+    def scalars(self) -> dict[str, float]:
+        """A fixed number of keys for a log, whatever the size of the model: means over layers, and the worst layer."""
+        means = {
+            key: getattr(self, key).mean().item()
+            for key in ("entropy", "load_entropy", "max_violation", "dead_share", "active_experts")
+        }
+        return {**means, "max_violation_worst_layer": self.max_violation.max().item()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: lists instead of tensors."""
+        return {key: v.tolist() if isinstance(v, torch.Tensor) else v for key, v in self._asdict().items()}
+
+
+class RouterStats:
+    """Accumulates routing statistics over batches; memory does not grow with the number of tokens.
+
+    Example:
+
+    ```python
+    >>> stats = RouterStats()
+    >>> for batch in batches:
+    ...     outputs = model(**batch, output_router_logits=True)
+    ...     layers = [LayerRouting(l, i) for l, i in zip(outputs.router_logits, outputs.router_indices)]
+    ...     stats.update(layers, batch["attention_mask"])
+    >>> stats.reduce().compute().max_violation
+    tensor([0.1250, 0.5000])
+    ```
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.num_experts: tuple[int, ...] = ()
+        self._counts: torch.Tensor | None = None  # (L, N)
+        self._probability_sum: torch.Tensor | None = None  # (L, N)
+        self._entropy_sum: torch.Tensor | None = None  # (L,)
+        self._num_tokens: torch.Tensor | None = None  # ()
+
+    @torch.no_grad()
+    def update(self, layers: Iterable[LayerRouting], token_mask: torch.Tensor | None = None) -> None:
+        """Add one batch.
+
+        Args:
+            layers (`Iterable[LayerRouting]`): One per MoE layer, in order. Kept nowhere.
+            token_mask (`torch.Tensor` of shape `(T,)` or `(B, S)`, *optional*): `False` on padding.
+
+        Raises:
+            ValueError: the layers are not those of the batches before, or the mask has another number of entries.
+        """
+        layers = tuple(layers)
+        widths = tuple(layer.logits.shape[-1] for layer in layers)
+        if not widths or (self.num_experts and widths != self.num_experts):
+            raise ValueError(
+                f"`layers` has the numbers of experts {list(widths)}, one per MoE layer, but needs "
+                f"{list(self.num_experts) or 'at least one layer'}. Use one `RouterStats` per model, or `reset()` it."
+            )
+        if self._counts is None:
+            self._start(widths, layers[0].logits.device)
+        for row, (layer, width) in enumerate(zip(layers, widths, strict=True)):
+            self._counts[row, :width] += expert_counts(layer.index, width, token_mask).to(self._counts.device)
+            p = layer.distribution().to(self._probability_sum)  # (T, N)
+            if token_mask is not None:
+                p = p[flat_mask(token_mask, p.shape[0]).to(p.device)]
+            self._probability_sum[row, :width] += p.sum(dim=0)
+            self._entropy_sum[row] += torch.special.entr(p).sum()
+        self._num_tokens += count_tokens(layers[0].index.shape[0], token_mask, self._num_tokens.device)
+
+    def reduce(self, group: "dist.ProcessGroup | None" = None) -> "RouterStats":
+        """The sum over processes, as a new object: two small collectives. Every process must have seen a batch.
+
+        Args:
+            group (`ProcessGroup`, *optional*): Processes with different data; all by default.
+
+        Returns:
+            [`RouterStats`]
+        """
+        self._need_data()
+        total = RouterStats()
+        total.num_experts = self.num_experts
+        whole = torch.cat([self._counts.flatten(), self._num_tokens.view(1)])
+        real = torch.cat([self._probability_sum.flatten(), self._entropy_sum])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+            dist.all_reduce(whole, group=group)
+            dist.all_reduce(real, group=group)
+        total._counts, total._num_tokens = whole[:-1].view_as(self._counts), whole[-1]
+        size = self._counts.numel()
+        total._probability_sum, total._entropy_sum = real[:size].view_as(self._counts), real[size:]
+        return total
+
+    def compute(self) -> RoutingSummary:
+        """The statistics of everything seen so far, on the CPU.
+
+        Raises:
+            ValueError: nothing was seen yet.
+        """
+        self._need_data()
+        counts = self._counts.cpu()
+        width = torch.tensor(self.num_experts)  # (L,)
+        exists = torch.arange(counts.shape[1]) < width.unsqueeze(-1)  # (L, N)
+        num_tokens = int(self._num_tokens)
+        load = normalize_counts(counts)
+        per_token = 1 / max(num_tokens, 1)
+        mean = counts.sum(dim=-1).clamp(min=1) / width
+        return RoutingSummary(
+            counts=counts,
+            load=load,
+            mean_probability=(self._probability_sum.cpu() * per_token).float(),
+            entropy=(self._entropy_sum.cpu() * per_token).float(),
+            load_entropy=torch.special.entr(load).sum(dim=-1),
+            max_violation=counts.amax(dim=-1) / mean - 1,
+            dead_share=((counts == 0) & exists).sum(dim=-1) / width,
+            active_experts=counts.sum(dim=-1) * per_token,
+            num_tokens=num_tokens,
+        )
+
+    def _start(self, widths: tuple[int, ...], device: torch.device) -> None:
+        self.num_experts = widths
+        shape = (len(widths), max(widths))
+        # Sums over millions of tokens need float64; MPS has none.
+        real = torch.float32 if device.type == "mps" else torch.float64
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._probability_sum = torch.zeros(shape, dtype=real, device=device)
+        self._entropy_sum = torch.zeros(len(widths), dtype=real, device=device)
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _need_data(self) -> None:
+        if self._counts is None:
+            raise ValueError("`RouterStats` has seen no batch yet; call `update` first.")
