@@ -6,9 +6,13 @@ from hf_moe.lazy import lazy_exports
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
     "MoeModelCard": ".card",
+    "Paper": ".bibliography",
+    "TypeCard": ".type_cards",
     "create_model_card": ".card",
-    "list_type_cards": ".types",
-    "type_card": ".types",
+    "find_papers": ".bibliography",
+    "list_papers": ".bibliography",
+    "list_type_cards": ".type_cards",
+    "type_card": ".type_cards",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

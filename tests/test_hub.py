@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from common.card_rules import card_errors
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_moe.hub import SHIM_FILE, attach_shim, check_tokenizer, push_to_hub, shim_auto_map, write_shim
@@ -119,7 +120,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, tiny_tokenizer):
 
 
 def test_missing_files_are_named_before_anything_is_pushed(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="`files` names .*absent.png"):
+    with pytest.raises(FileNotFoundError, match=r"`files` names .*absent\.png"):
         push_to_hub(model, "me/moe", files=[tmp_path / "absent.png"])
 
 
@@ -142,6 +143,7 @@ push_to_hub(model, "me/moe", tokenizer=AutoTokenizer.from_pretrained({str(tiny_t
 def test_a_pushed_model_loads_imported_or_not_and_says_what_to_install(pushed, model, tiny_tokenizer):
     hub, run = pushed
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", SHIM_FILE} <= set(hub.files("me/moe"))
+    assert card_errors(hub.files("me/moe")["README.md"].decode()) == []
     assert sum(" /api/models/me/moe/commit/" in request for request in hub.requests) == 1
     with torch.no_grad():
         logits = model(**tiny_tokenizer("The river runs", return_tensors="pt")).logits

@@ -1,0 +1,71 @@
+"""The short cards of the registered model types: one file per type in `types/`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .bibliography import Paper, find_papers
+
+
+__all__ = ["TypeCard", "list_type_cards", "type_card"]
+
+FOLDER = Path(__file__).parent / "types"
+
+
+@dataclass(frozen=True)
+class TypeCard:
+    """What a card file says.
+
+    Args:
+        model_type (`str`): The registered type.
+        title (`str`): A reader's name for it.
+        summary (`str`): One sentence.
+        papers (`tuple[Paper, ...]`): The type's own paper first.
+        body (`str`): Markdown below the metadata.
+    """
+
+    model_type: str
+    title: str
+    summary: str
+    papers: tuple[Paper, ...]
+    body: str
+
+
+def list_type_cards() -> list[str]:
+    """Model types that have a card, sorted.
+
+    Returns:
+        `list[str]`: Names without ending.
+
+    Example:
+        ```python
+        list_type_cards()  # ['moe_gpt2', 'moe_llama', ...]
+        ```
+    """
+    return sorted(path.stem for path in FOLDER.glob("*.md"))
+
+
+def type_card(model_type: str) -> TypeCard:
+    """Read the card of a type.
+
+    Args:
+        model_type (`str`): Such as `"moe_llama"`.
+
+    Returns:
+        [`TypeCard`]
+
+    Raises:
+        ValueError: There is no card for this type.
+
+    Example:
+        ```python
+        type_card("moe_plus_plus").papers[0].bibtex
+        ```
+    """
+    if model_type not in list_type_cards():
+        raise ValueError(f"`model_type={model_type!r}` has no card. Types with one: {list_type_cards()}.")
+    _, metadata, body = (FOLDER / f"{model_type}.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields = yaml.safe_load(metadata)
+    papers = tuple(find_papers(" ".join(fields["papers"])))
+    return TypeCard(fields["model_type"], fields["title"], fields["summary"], papers, body.strip() + "\n")
