@@ -8,48 +8,37 @@ config that is created (or unpickled) imports and registers the model classes.
 import importlib
 from collections.abc import Callable
 
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
 
-__all__ = ["announce_config", "load_modeling", "register_config", "registered_configs"]
+__all__ = ["announce_config", "load_modeling", "register_config"]
 
 # Config class -> what gives its model classes by the name of their Auto class.
 _MODELING: dict[type, Callable[[], dict[str, type]]] = {}
 _LOADED: set[type] = set()
-# Model type -> "module:Class" of its config.
-_ANNOUNCED: dict[str, str] = {}
 
 
-def announce_config(model_type: str, target: str) -> None:
+class _Placeholder(type):
+    """Metaclass of the stand-ins that `AutoConfig` holds until a type is first needed: everything asked of the class
+    is answered by the real one."""
+
+    def __call__(cls, *args, **kwargs):
+        return cls.resolve()(*args, **kwargs)
+
+    def __getattr__(cls, name: str):
+        return getattr(type.__getattribute__(cls, "resolve")(), name)
+
+
+def announce_config(model_type: str, name: str, resolve: Callable[[], type]) -> None:
     """Makes a model type known to `AutoConfig` without importing its config class.
 
     Args:
         model_type (`str`): The type's name in `config.json`.
-        target (`str`): `"module:Class"`; importing the module must call [`register_config`] for the class.
+        name (`str`): Name of the config class.
+        resolve (`Callable`): Returns the config class, having called [`register_config`] for it.
     """
-    _ANNOUNCED[model_type] = target
-
-    def resolve() -> type:
-        module, _, name = target.partition(":")
-        return getattr(importlib.import_module(module), name)
-
-    def new(cls, *args, **kwargs):
-        # Not an instance of the placeholder, so Python does not call its `__init__` on it.
-        return resolve()(*args, **kwargs)
-
-    def from_dict(cls, config_dict, **kwargs):
-        return resolve().from_dict(config_dict, **kwargs)
-
-    namespace = {
-        "__module__": __name__,
-        "__doc__": f"Stands for `{target}` until it is first needed.",
-        "__new__": new,
-        "from_dict": classmethod(from_dict),
-        "model_type": model_type,
-    }
-    placeholder = type(target.partition(":")[2], (PreTrainedConfig,), namespace)
-    AutoConfig.register(model_type, placeholder, exist_ok=True)
+    namespace = {"__module__": __name__, "model_type": model_type, "resolve": staticmethod(resolve)}
+    AutoConfig.register(model_type, _Placeholder(name, (), namespace), exist_ok=True)
 
 
 def register_config(config_class: type, modeling: Callable[[], dict[str, type]]) -> None:
@@ -75,8 +64,3 @@ def load_modeling(config_class: type) -> None:
     except BaseException:
         _LOADED.discard(config_class)
         raise
-
-
-def registered_configs() -> dict[str, str]:
-    """Every model type of this package and the `"module:Class"` of its config."""
-    return dict(_ANNOUNCED)

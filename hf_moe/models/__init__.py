@@ -1,18 +1,42 @@
 """Model types. Importing this package announces them; configs and model classes follow when they are first needed."""
 
+from functools import partial
+from importlib import import_module
+
 from hf_moe.registration import announce_config
 
 
 # One line per model type: the folder, whose `__init__` registers the type, and the name of its config class.
 MODEL_TYPES = {
-    "moe_gpt2": "gpt2:MoeGPT2Config",
-    "moe_llama": "llama:MoeLlamaConfig",
-    "moe_plus_plus": "moe_plus_plus:MoePlusPlusConfig",
-    "moe_qwen2": "qwen2:MoeQwen2Config",
-    "moe_qwen3": "qwen3:MoeQwen3Config",
+    "moe_gpt2": ("gpt2", "MoeGPT2Config"),
+    "moe_llama": ("llama", "MoeLlamaConfig"),
+    "moe_plus_plus": ("moe_plus_plus", "MoePlusPlusConfig"),
+    "moe_qwen2": ("qwen2", "MoeQwen2Config"),
+    "moe_qwen3": ("qwen3", "MoeQwen3Config"),
 }
+#: `upcycled_<type>` exists for every dense type of transformers.
+UPCYCLED_PREFIX = "upcycled_"
 
-for _model_type, _target in MODEL_TYPES.items():
-    announce_config(_model_type, f"{__name__}.{_target}")
+__all__ = ["MODEL_TYPES", "UPCYCLED_PREFIX", "config_class"]
 
-__all__ = ["MODEL_TYPES"]
+
+def config_class(model_type: str) -> type:
+    """The config class of one of `MODEL_TYPES`."""
+    folder, name = MODEL_TYPES[model_type]
+    return getattr(import_module(f"{__name__}.{folder}"), name)
+
+
+def _upcycled(dense_type: str) -> type:
+    return import_module(f"{__name__}.upcycled").upcycled_config_class(dense_type)
+
+
+def _announce() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    for model_type, (_, name) in MODEL_TYPES.items():
+        announce_config(model_type, name, partial(config_class, model_type))
+    for dense_type, name in CONFIG_MAPPING_NAMES.items():
+        announce_config(UPCYCLED_PREFIX + dense_type, f"Upcycled{name}", partial(_upcycled, dense_type))
+
+
+_announce()

@@ -146,6 +146,14 @@ class MoeConfigMixin:
         self.__dict__.update(state)
         load_modeling(type(self))
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers, but derived fields are always written: what they default to depends on other fields,
+        so equality with the defaults of a default config says nothing."""
+        written = super().to_diff_dict()
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_type"):
+            written[name] = getattr(self, name)
+        return written
+
     # -- what a backbone may say differently ---------------------------------------------------------------------
     @property
     def default_expert_type(self) -> str:
