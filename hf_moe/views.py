@@ -139,6 +139,21 @@ class MoeLayerView:
     num_experts_per_tok: int
     rule: FamilyRule | None = None
 
+    @property
+    def num_computing_experts(self) -> int:
+        """Experts with a feed-forward. The zero-computation experts of MoE++ come after them."""
+        zero_experts = getattr(self.block, "zero_experts", None)
+        return self.num_experts - (0 if zero_experts is None else zero_experts.num_experts)
+
+    @property
+    def expert_labels(self) -> list[str]:
+        """A short name per expert: its number, or what a zero-computation expert does."""
+        labels = [str(i) for i in range(self.num_computing_experts)]
+        zero_experts = getattr(self.block, "zero_experts", None)
+        for kind in ("constant", "copy", "zero") if zero_experts is not None else ():
+            labels += [f"{kind} {i}" for i in range(getattr(zero_experts, f"num_{kind}"))]
+        return labels
+
     def read(self, output: Any) -> Routing:
         """The decision in a value returned by `router`, flattened to one row per token.
 
