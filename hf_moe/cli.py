@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         args = _parser(chosen).parse_args(arguments)
-        return int(importlib.import_module(COMMANDS[args.command].module).run(args) or 0)
+        code = int(importlib.import_module(COMMANDS[args.command].module).run(args) or 0)
+        sys.stdout.flush()  # here, where a reader that left is no error yet
+        return code
     except KeyboardInterrupt:
         if debug:
             raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .bibliography import Paper, find_papers
-from .type_cards import list_type_cards, type_card
+from .type_cards import TypeCard, type_card
 
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ def create_model_card(
 
 def _description(model: "PreTrainedModel", base_model: str | None) -> str:
     model_type = model.config.model_type
-    summary = type_card(model_type).summary if model_type in list_type_cards() else ""
+    card = _type_card(model_type)
+    summary = card.summary if card else ""
     text = f"A Mixture-of-Experts model of type `{model_type}`."
     if base_model and _is_repo_id(base_model):
         text = f"{text[:-1]}, made from [{base_model}](https://huggingface.co/{base_model})."
@@ -199,6 +200,13 @@ def _loading(model: "PreTrainedModel", repo_id: str, pipeline: str | None) -> st
     return f"```python\n{code}\n```{note}"
 
 
+def _type_card(model_type: str) -> TypeCard | None:
+    try:
+        return type_card(model_type)
+    except ValueError:  # transformers' own types and those of other packages have none
+        return None
+
+
 def _pipeline(model: "PreTrainedModel") -> str | None:
     name = type(model).__name__
     return next((pipeline for suffix, pipeline in PIPELINES.items() if name.endswith(suffix)), None)
@@ -206,7 +214,8 @@ def _pipeline(model: "PreTrainedModel") -> str | None:
 
 def _papers(model_type: str, paper: str | Sequence[str] | None, recipe: Any) -> list[Paper]:
     given = " ".join([paper] if isinstance(paper, str) else paper or ())
-    named = list(type_card(model_type).papers) if model_type in list_type_cards() else []
+    card = _type_card(model_type)
+    named = card.papers if card else ()
     return list(dict.fromkeys([*named, *find_papers(f"{given} {recipe}")]))
 
 

@@ -18,7 +18,7 @@ class TypeCard:
     """What a card file says.
 
     Args:
-        model_type (`str`): The registered type.
+        model_type (`str`): The registered type; `"upcycled_<type>"` for those made on demand.
         title (`str`): A reader's name for it.
         summary (`str`): One sentence.
         papers (`tuple[Paper, ...]`): The type's own paper first.
@@ -33,14 +33,14 @@ class TypeCard:
 
 
 def list_type_cards() -> list[str]:
-    """Model types that have a card, sorted.
+    """Model types that have a card of their own, sorted, and `"upcycled"` for those made on demand.
 
     Returns:
-        `list[str]`: Names without ending.
+        `list[str]`: File names without ending.
 
     Example:
         ```python
-        list_type_cards()  # ['moe_gpt2', 'moe_llama', ...]
+        list_type_cards()  # ['moe_gpt2', 'moe_llama', ..., 'upcycled']
         ```
     """
     return sorted(path.stem for path in FOLDER.glob("*.md"))
@@ -50,7 +50,7 @@ def type_card(model_type: str) -> TypeCard:
     """Read the card of a type.
 
     Args:
-        model_type (`str`): Such as `"moe_llama"`.
+        model_type (`str`): Such as `"moe_llama"` or `"upcycled_gemma2"`.
 
     Returns:
         [`TypeCard`]
@@ -63,9 +63,11 @@ def type_card(model_type: str) -> TypeCard:
         type_card("moe_plus_plus").papers[0].bibtex
         ```
     """
-    if model_type not in list_type_cards():
-        raise ValueError(f"`model_type={model_type!r}` has no card. Types with one: {list_type_cards()}.")
-    _, metadata, body = (FOLDER / f"{model_type}.md").read_text(encoding="utf-8").split("---\n", 2)
+    # `upcycled_gemma2` and its like exist for every dense type; they share a card
+    name = "upcycled" if model_type.startswith("upcycled_") else model_type
+    if name not in list_type_cards():
+        raise ValueError(f"`model_type={model_type!r}` has no card. Cards: {list_type_cards()}.")
+    _, metadata, body = (FOLDER / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(metadata)
     papers = tuple(find_papers(" ".join(fields["papers"])))
     return TypeCard(fields["model_type"], fields["title"], fields["summary"], papers, body.strip() + "\n")

@@ -6,18 +6,18 @@ import pytest
 
 import hf_moe
 from hf_moe.model_cards import find_papers, list_papers, list_type_cards, type_card
-from hf_moe.registration import registered_configs
+from hf_moe.models import MODEL_TYPES
 
 
 def test_every_registered_type_has_a_card_and_every_card_a_type():
-    assert list_type_cards() == sorted(registered_configs())
+    assert list_type_cards() == sorted([*MODEL_TYPES, "upcycled"])
 
 
 @pytest.mark.parametrize("model_type", list_type_cards())
 def test_a_card_names_its_type_classes_and_known_papers(model_type):
     card = type_card(model_type)
-    assert card.model_type == model_type
-    assert f"(`{model_type}`)" in card.body and card.summary in card.body
+    assert card.model_type == ("upcycled_<type>" if model_type == "upcycled" else model_type)
+    assert f"(`{card.model_type}`)" in card.body and card.summary in card.body
     assert card.papers and all(paper.arxiv in list_papers() for paper in card.papers)
     for name in re.findall(r"`(Moe\w+)`", card.body):
         assert isinstance(getattr(hf_moe, name), type)
@@ -27,11 +27,16 @@ def test_a_card_names_its_type_classes_and_known_papers(model_type):
 def test_the_example_of_a_card_runs(model_type):
     namespace = {}
     exec(re.search(r"```python\n(.*?)```", type_card(model_type).body, re.DOTALL)[1], namespace)
-    assert namespace["model"].config.model_type == model_type
+    if model_type != "upcycled":
+        assert namespace["model"].config.model_type == model_type
+
+
+def test_a_type_made_on_demand_has_the_shared_card():
+    assert type_card("upcycled_gemma2") == type_card("upcycled")
 
 
 def test_an_unknown_type_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"`model_type='moe_nothing'` has no card. Types with one: \['moe_gpt2'"):
+    with pytest.raises(ValueError, match=r"`model_type='moe_nothing'` has no card. Cards: \['moe_gpt2'"):
         type_card("moe_nothing")
 
 
