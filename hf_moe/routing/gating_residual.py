@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .base import EPSILON, BaseRouter
-from .capacity import pack_slots
 from .output import RoutingContext
 from .registry import register_router
 
@@ -117,16 +116,20 @@ class GatingResidualRouter(BaseRouter):
 
 @register_router("moepp_release")
 class MoePlusPlusReleaseRouter(GatingResidualRouter):
-    """The routing of the released MoE++ 7B checkpoint, which differs from the paper's equations.
+    """The routing of the released MoE++ code, which differs from the paper's equations.
 
     After softmax and top-K, a slot that fell on a zero expert gets weight 0 and the others are renormalised, so
-    "zero + expert a" means expert a with weight 1. `mixtral_gating=True` is the checkpoint's other path: softmax
-    over the chosen logits, no special case. The released code multiplies expert *inputs* by K on the first path;
-    that belongs to the block (`MoePlusPlusConfig.scale_expert_input`).
+    "zero + expert a" means expert a with weight 1. The slot keeps the zero expert's index: it was chosen, and losses
+    and reports count it. `mixtral_gating=True` is the code's other path: softmax over the chosen logits, no special
+    case. The released 7B uses `logit_norm_std=1.0` on the first path.
+
+    Note: the released code may also multiply expert *inputs* by K; that belongs to the block
+    (`MoePlusPlusConfig.scale_expert_input`).
 
     Args:
         mixtral_gating (`bool`, defaults to `False`): Softmax over the K chosen logits.
-        logit_norm_std (`float`, *optional*): Divide logits by (their standard deviation over experts / this value).
+        logit_norm_std (`float`, *optional*): Divide logits by (their standard deviation over experts / this value)
+            before the softmax. The state handed on is not divided.
     """
 
     def __init__(
@@ -150,12 +153,13 @@ class MoePlusPlusReleaseRouter(GatingResidualRouter):
         if std is not None and not std > 0:
             raise ValueError(f"`router_config['logit_norm_std']` must be above 0 or None, got {std}.")
 
-    def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        router_logits = super().compute_logits(hidden_states, context)
-        if self.logit_norm_std is not None:
-            spread = router_logits.std(dim=-1, keepdim=True) / self.logit_norm_std
-            router_logits = router_logits / (spread + EPSILON)
-        return router_logits
+    def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        if self.logit_norm_std is not None:  # here, because the next layer receives G as it is
+            deviation = router_logits - router_logits.mean(dim=-1, keepdim=True)
+            variance = deviation.square().sum(dim=-1, keepdim=True) / (self.num_experts - 1)
+            # The epsilon keeps the gradient finite where all logits are equal.
+            router_logits = self.logit_norm_std * router_logits / (variance + EPSILON).sqrt()
+        return super().scores(router_logits)
 
     def weigh(self, scores: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
         weights = scores.gather(-1, top_k_index)
@@ -163,7 +167,7 @@ class MoePlusPlusReleaseRouter(GatingResidualRouter):
             weights = weights.masked_fill(top_k_index >= self.num_experts - self.num_zero_experts, 0.0)
         return self.routed_scaling_factor * weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
 
-    def post_process(self, index, weights, context):
-        index, weights = super().post_process(index, weights, context)
-        # A slot without weight is an empty slot: active ones first.
-        return pack_slots(index, weights, (index < self.num_experts) & (weights > 0), self.num_experts)
+    @property
+    def choice_differs_from_scores(self) -> bool:
+        # A chosen zero expert weighs nothing, so it comes last, but it stays chosen for losses and reports.
+        return not self.mixtral_gating
