@@ -31,7 +31,15 @@ class LayerRouting(NamedTuple):
 
     @classmethod
     def from_router(cls, router: nn.Module, logits: torch.Tensor, index: torch.Tensor) -> "LayerRouting":
-        """The recorded logits and index of `router`, with its own `probabilities` and `balance_weights`."""
+        """The recorded logits and index of `router`, with its own `probabilities` and `balance_weights`.
+
+        Where a capacity empties slots, the index is chosen again without it: f counts what tokens asked for, as in
+        GShard, Switch and MoE++. What capacity lets through is nearly balanced by construction, and would hide the
+        very imbalance the loss is for. (Selection noise, if any, is drawn again.)
+        """
+        if getattr(router, "capacity_factor", None) is not None and router.training:
+            with torch.no_grad():
+                index = router.select(router.choice_scores(router.scores(logits), logits))
         return cls(logits, index, getattr(router, "probabilities", None), getattr(router, "balance_weights", None))
 
     def distribution(self) -> torch.Tensor:

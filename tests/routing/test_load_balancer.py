@@ -3,10 +3,10 @@ import pickle
 
 import pytest
 import torch
-from common.toy_moe import SimulatedRanks, random_routing, toy_dataset, toy_model
+from common.toy_moe import SimulatedRanks, ToyMoeConfig, random_routing, toy_dataset, toy_model
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from hf_moe.routing import BalanceLosses, LayerRouting, LoadBalancer
+from hf_moe.routing import BalanceLosses, LayerRouting, LoadBalancer, RoutingContext, build_router
 from hf_moe.routing import load_balancer as load_balancer_module
 from hf_moe.routing.balance import expert_counts, expert_frequency, load_balance_loss
 from hf_moe.routing.load_balancer import BALANCE_MODES
@@ -184,6 +184,26 @@ def test_balance_weights_and_probabilities_of_the_router_are_used(generator):
     torch.testing.assert_close(LoadBalancer([4])([layer]).aux_loss, expected)
     as_tensor = LayerRouting(logits, layer.index, p, weights)
     torch.testing.assert_close(LoadBalancer([4])([as_tensor]).aux_loss, expected)
+
+
+def test_capacity_does_not_hide_imbalance_from_the_loss(generator):
+    config = ToyMoeConfig(num_experts=8)
+    config.expert_capacity_factor = 1.0
+    router = build_router(config, 0).train()
+    router.weight.data.normal_(generator=generator)
+    router.weight.data[0] += 1.0
+    hidden_states = 1 + torch.randn(64, 16, generator=generator)
+    out = router(hidden_states, RoutingContext(token_mask=torch.arange(64) < 60))
+    assert (out.top_k_index[:60] == 8).any()  # something was dropped
+    layer = LayerRouting.from_router(router, out.router_logits, out.top_k_index)
+    mask = torch.arange(64) < 60
+    asked = expert_counts(out.router_logits.topk(2).indices, 8, mask)
+    balancer = LoadBalancer([8], mode="running")
+    balancer.begin_step()
+    balancer([layer], mask)
+    assert torch.equal(balancer.counts[0], asked) and asked.max() > 15  # 15 is the capacity
+    kept = LayerRouting.from_router(router.eval(), out.router_logits, out.top_k_index)
+    assert kept.index is out.top_k_index
 
 
 @pytest.mark.parametrize("mode", STEP_MODES)
