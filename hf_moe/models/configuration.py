@@ -140,6 +140,8 @@ class MoeConfigMixin:
             self.shared_expert_intermediate_size = self.moe_intermediate_size
         if self.expert_type is None:
             self.expert_type = self.default_expert_type
+        # `@strict` checks again, but wraps what it catches in an error that is no ValueError.
+        self.validate_architecture()
 
     def __setstate__(self, state: dict) -> None:
         # A config unpickled in a fresh process never runs `__post_init__`.

@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import inspect
+import types
+import typing
 from typing import TYPE_CHECKING, Any
 
 
@@ -61,28 +63,45 @@ def router_class(name: str) -> type["BaseRouter"]:
     raise ValueError(f"`router_type={name!r}` is not a known router. Choose one of {list_routers()}.{hint}")
 
 
-def router_options(cls: type["BaseRouter"]) -> set[str]:
-    """Keyword arguments a router class accepts, its base classes' included."""
-    options: set[str] = set()
+def router_options(cls: type["BaseRouter"]) -> dict[str, Any]:
+    """Keyword arguments a router class accepts, its base classes' included, and their annotations."""
+    options: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(base.__init__).parameters.values()
-        options |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        try:
+            hints = typing.get_type_hints(base.__init__)
+        except NameError:  # annotated with names its file imports for type checkers only
+            hints = {}
+        own = {p.name: hints.get(p.name, Any) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        options = {**own, **options}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return options
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value read from JSON or YAML can be meant by a plain annotation; True for what it cannot judge."""
+    if isinstance(annotation, types.UnionType):
+        return any(_fits(value, choice) for choice in typing.get_args(annotation))
+    expected = typing.get_origin(annotation) or annotation
+    if not isinstance(expected, type):
+        return True
+    if isinstance(value, bool):  # an int to Python, but never a number to us
+        return expected is bool
+    return isinstance(value, (int, float) if expected is float else expected)
 
 
 def validate_router(config: Any) -> None:
     """Checks `router_type` and `router_config` without building anything; called when a config is constructed.
 
     Raises:
-        ValueError: unknown router, unknown option, or an option value the router refuses.
+        ValueError: unknown router, unknown option, or an option value of the wrong type or that the router refuses.
     """
     cls = router_class(config.router_type)
     options = router_options(cls)
-    for key in config.router_config:
+    for key, value in config.router_config.items():
         if key not in options:
             near = difflib.get_close_matches(key, options, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -90,6 +109,9 @@ def validate_router(config: Any) -> None:
                 f"`router_config` has {key!r}, which router {config.router_type!r} does not know. "
                 f"It takes {sorted(options)}.{hint}"
             )
+        if not _fits(value, options[key]):
+            expected = getattr(options[key], "__name__", options[key])
+            raise ValueError(f"`router_config[{key!r}]` must be of type {expected}, got {value!r}.")
     cls.validate_config(config, **config.router_config)
 
 
