@@ -107,8 +107,11 @@ class MoePreTrainedMixin:
         """Names and modules of the MoE blocks, in layer order."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, MoeBlock)]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in transformers, but refuses reentrant checkpointing where it would silently drop gradients.
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs
+    ) -> None:
+        """As in transformers, but refuses reentrant checkpointing where it would silently drop gradients. The older
+        `gradient_checkpointing_enable` ends here too.
 
         Raises:
             ValueError: `use_reentrant=True` while the model has router losses or a router state: recorded logits
@@ -117,14 +120,12 @@ class MoePreTrainedMixin:
         config = self.config
         needs_graph = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
         needs_graph = needs_graph or any(block.gate.carries_state for _, block in self.moe_blocks())
-        if needs_graph and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        if needs_graph and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "`gradient_checkpointing_kwargs={'use_reentrant': True}` would drop the gradient of the router losses "
-                "and router states. Use `{'use_reentrant': False}`, or set `router_aux_loss_coef=0`."
+                "`activation_checkpointing_kwargs={'use_reentrant': True}` would drop the gradient of the router "
+                "losses and router states. Use `{'use_reentrant': False}`, the default."
             )
-        if gradient_checkpointing_kwargs is not None:
-            kwargs["gradient_checkpointing_kwargs"] = gradient_checkpointing_kwargs
-        super().gradient_checkpointing_enable(**kwargs)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, code: str | None = "shim", **kwargs):
         """As in transformers; also writes the one-line shim through which the checkpoint loads with
