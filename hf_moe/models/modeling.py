@@ -96,6 +96,8 @@ class MoePreTrainedMixin:
         "router_logits": OutputRecorder(BaseRouter, index=0),
         "router_indices": OutputRecorder(BaseRouter, index=2),
     }
+    #: `False` while somebody else (`hf_moe.trainers`) computes and adds the router losses: `forward` then leaves them.
+    adds_router_losses = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -263,8 +265,10 @@ class RouterLossesMixin:
         """Whether the base model should record routing: on request, and in training whenever a router loss is on."""
         if output_router_logits or (output_router_logits is None and self.config.output_router_logits):
             return True
+        if not (self.adds_router_losses and self.training and torch.is_grad_enabled()):
+            return False
         has_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
-        return self.training and torch.is_grad_enabled() and (has_loss or self.config.router_bias_update_speed > 0)
+        return has_loss or self.config.router_bias_update_speed > 0
 
     def begin_balance(self, outputs: MoeModelOutput, *inputs: torch.Tensor | None) -> PendingBalance | None:
         """Counts what the routers chose and starts the sum over ranks, which then runs while the head does.
@@ -274,9 +278,9 @@ class RouterLossesMixin:
             inputs: `input_ids, attention_mask, inputs_embeds` of this call, for the mask the routers saw.
 
         Returns:
-            [`PendingBalance`], or `None` where nothing was recorded.
+            [`PendingBalance`], or `None` where nothing was recorded or the losses are somebody else's business.
         """
-        if not outputs.router_logits:
+        if not outputs.router_logits or not self.adds_router_losses:
             return None
         routers = [block.gate for _, block in self.base_model.moe_blocks()]
         layers = [
