@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common.tiny_families import FAMILIES, tiny_model
+from common.tiny_families import FAMILIES, OWN_FAMILIES, tiny_model
 from torch import nn
 
 from hf_moe.views import FAMILY_RULES, moe_layers, record_routing, unwrap_model
@@ -38,7 +38,7 @@ def received_by_experts(model, input_ids):
     return recorder, [calls[index] for index in sorted(calls)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *OWN_FAMILIES))
 def test_what_is_read_is_what_the_experts_receive(family, generator):
     recorder, received = received_by_experts(tiny_model(family), random_ids(generator))
     assert len(received) == len(recorder.layers) > 0
@@ -47,14 +47,14 @@ def test_what_is_read_is_what_the_experts_receive(family, generator):
         torch.testing.assert_close(layer.top_k_weights[0], top_k_weights, check_dtype=False, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phimoe"])
+@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *OWN_FAMILIES) if f != "phimoe"])
 def test_weights_are_proportional_to_the_probabilities_of_the_chosen(family, generator):
     # This is what tells softmax from sigmoid: both order the experts alike.
     model = tiny_model(family)
     with torch.no_grad():
         for view in moe_layers(model):
             for parameter in view.router.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         with record_routing(model) as recorder:
             model(input_ids=random_ids(generator), use_cache=False)
     for layer in recorder.layers:
@@ -112,6 +112,33 @@ def test_moe_family_whose_layers_are_all_dense_is_refused():
 def test_unknown_family_is_refused_by_the_name_of_its_router(family, router):
     with pytest.raises(ValueError, match=rf"{router}.*FAMILY_RULES"):
         moe_layers(tiny_model(family))
+
+
+def test_sigmoid_router_of_ours_brings_its_own_probabilities(generator):
+    model = tiny_model("moe_llama", router_type="sigmoid_topk")
+    with torch.no_grad(), record_routing(model) as recorder:
+        model(input_ids=random_ids(generator))
+    layer = recorder.layers[0]
+    scores = layer.router_logits[0].sigmoid()
+    torch.testing.assert_close(layer.view.probabilities(layer.router_logits[0]), scores / scores.sum(-1, keepdim=True))
+
+
+def test_zero_computation_experts_are_counted_and_named():
+    view = moe_layers(tiny_model("moe_plus_plus", num_experts=4, num_zero_experts=1, num_copy_experts=1))[0]
+    constants = view.block.zero_experts.num_constant
+    assert view.num_experts == 6 + constants and view.num_computing_experts == 4
+    assert view.expert_labels[:4] == ["0", "1", "2", "3"] and view.expert_labels[-2:] == ["copy 0", "zero 0"]
+    assert len(view.expert_labels) == view.num_experts
+
+
+def test_padding_is_an_empty_slot_of_our_routers(generator):
+    model, input_ids = tiny_model("moe_llama"), random_ids(generator)
+    mask = torch.ones_like(input_ids)
+    mask[1, :4] = 0
+    with torch.no_grad(), record_routing(model) as recorder:
+        model(input_ids=input_ids, attention_mask=mask)
+    index = recorder.layers[0].top_k_index[0]
+    assert (index[~mask.bool().flatten()] == 8).all() and (index[mask.bool().flatten()] < 8).all()
 
 
 # -- wrappers --------------------------------------------------------------------------------------------------------

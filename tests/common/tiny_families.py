@@ -1,4 +1,4 @@
-"""Tiny random language models of the in-tree MoE families, by model type."""
+"""Tiny random language models of the MoE families, in-tree and ours, by model type."""
 
 import torch
 
@@ -57,9 +57,12 @@ SIZES = {
 }
 OWN_SIZES = {
     "ernie4_5_moe": {"moe_k": 2},
+    "moe_gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4},
     "mimo_v2_flash": {"head_dim": 24, "num_key_value_heads": 2},
 }
+
+OWN_FAMILIES = ("moe_gpt2", "moe_llama", "moe_qwen2", "moe_qwen3")  # moe_plus_plus has zero-computation experts
 
 FAMILIES = (
     "afmoe",
@@ -106,7 +109,9 @@ def tiny_model(model_type: str, **overrides):
     """A random model of `model_type` in eval mode, the same weights each time; a language model where there is one."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-    config_class = CONFIG_MAPPING[model_type]
+    import hf_moe  # noqa: F401  makes our types known
+
+    config_class = type(CONFIG_MAPPING[model_type]())  # ours are announced by a stand-in until one is made
     known = set(config_class.__dataclass_fields__)
     sizes = {name: value for name, value in SIZES.items() if name in known}
     config = config_class(**{**sizes, **OWN_SIZES.get(model_type, {}), **overrides})
