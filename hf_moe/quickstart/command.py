@@ -65,6 +65,7 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
     from transformers import set_seed
 
     import hf_moe
+    from hf_moe.upcycling.sources import source_name
     from hf_moe.weights import load_dense
 
     from .data import held_out_perplexity, tokenize
@@ -72,7 +73,7 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
 
     set_seed(args.seed)
     dense, tokenizer = load_dense(args.model or args.weights or "auto")
-    name = dense.config.name_or_path or dense.name_or_path
+    name = source_name(dense)
     layers = spread(args.layers, dense.config.num_hidden_layers)
     train, held_out = tokenize(corpus, tokenizer, args.sequence_length, args.held_out_tokens)
     dense.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +90,8 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
         layers=layers,
         target="moe_plus_plus",
         seed=args.seed,
+        # Where the zero-computation experts' biases start depends on what the routers see.
+        calibration=[train[:4]],
         # Capacity is counted for balanced experts; at the start nearly every token goes to a feed-forward expert.
         expert_capacity_factor=None,
     )
@@ -129,7 +132,7 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
         "layers": layers,
         "seed": args.seed,
         "parameters": moe.num_parameters(),
-        "upcycling": jsonable(report),
+        "upcycling": report.to_dict(),
         "held_out_tokens": held_out.numel(),
         "perplexity": perplexity,
         "below_dense": perplexity["after"] < perplexity["dense"],
@@ -254,11 +257,6 @@ def generate(model: Any, tokenizer: Any, prompt: str) -> str:
     inputs = inputs.to(model.device)
     output = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def jsonable(report: Any) -> dict[str, Any]:
-    """The upcycling report as plain data."""
-    return json.loads(json.dumps(report.to_dict(), default=str))
 
 
 def count(number: int) -> str:
