@@ -1,0 +1,41 @@
+"""Upcycling: a trained dense model becomes a Mixture-of-Experts.
+
+Four independent choices make a recipe: how experts are built (`builders/`), how routers start (`router_init/`), how
+selected experts are weighed and scaled (`weight_rules.py`), and what the result is (`targets/`).
+"""
+
+from hf_moe.lazy import lazy_exports
+
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Copy": ".builders.copy",
+        "DenseFeedForward": ".feed_forward",
+        "Drop": ".builders.drop",
+        "Exactness": ".exactness",
+        "ExpertBuilder": ".builders.base",
+        "FromModels": ".builders.from_models",
+        "Hash": ".router_init.hashing",
+        "ImportanceShared": ".builders.importance_shared",
+        "KMeans": ".router_init.kmeans",
+        "Masks": ".builders.masks",
+        "MoePlusPlusTarget": ".targets.backbone",
+        "Noise": ".builders.noise",
+        "Normal": ".router_init.random",
+        "Prompts": ".router_init.prompts",
+        "Repeated": ".router_init.random",
+        "RouterInit": ".router_init.base",
+        "Split": ".builders.split",
+        "Target": ".targets.base",
+        "UpcycleReport": ".report",
+        "VirtualGroups": ".builders.virtual_groups",
+        "WeightRule": ".weight_rules",
+        "Zeros": ".router_init.random",
+        "extract_feed_forward": ".feed_forward",
+        "list_targets": ".targets.choose",
+        "locate_feed_forwards": ".feed_forward",
+        "upcycle": ".recipe",
+        "weight_rule_of": ".weight_rules",
+    },
+)

@@ -1,0 +1,305 @@
+"""`upcycle`: a dense model in, a Mixture-of-Experts and a report out."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .builders.base import ExpertBuilder
+from .builders.copy import Copy
+from .feed_forward import FeedForwardSite, extract_feed_forward, locate_feed_forwards
+from .plan import UpcycledLayer, UpcyclePlan, build_layer
+from .report import UpcycleReport, count_parameters, measure_gap
+from .router_init.base import RouterInit
+from .sources import load_source, source_name
+from .statistics import LayerStatistics, calibration_batches, collect_statistics, random_batch
+from .targets.base import Target
+from .targets.choose import choose_target
+from .weight_rules import WeightRule, resolve_weight_rule
+
+
+__all__ = ["make_plan", "upcycle"]
+
+logger = logging.get_logger(__name__)
+
+#: Calibration batches the check runs on, at most.
+MAX_CHECK_BATCHES = 4
+
+
+def upcycle(
+    model: PreTrainedModel | str,
+    *,
+    num_experts: int,
+    top_k: int,
+    layers: str | list[int] = "all",
+    experts: ExpertBuilder | None = None,
+    shared: str | float | None = None,
+    router: RouterInit | str = "auto",
+    weights: str | WeightRule = "renormalise",
+    scale: str | float = "auto",
+    target: str | Target = "auto",
+    calibration: Any = None,
+    tokenizer: Any = None,
+    check: bool = True,
+    seed: int = 0,
+    **config_overrides,
+) -> tuple[PreTrainedModel, UpcycleReport]:
+    """Turns a dense model into a Mixture-of-Experts. The dense model is left as it is.
+
+    Args:
+        model (`PreTrainedModel` or `str`): Dense model, Hub id or folder.
+        num_experts (`int`): Experts per MoE layer, N.
+        top_k (`int`): Experts each token is sent to, K.
+        layers (`str` or `list[int]`, defaults to `"all"`): `"all"`, `"every:m"`, `"first_half"`, `"second_half"`,
+            indices, or a regular expression for module paths.
+        experts ([`ExpertBuilder`], *optional*): How experts are made; copies by default.
+        shared (`str` or `float`, *optional*): `"dense"`: the dense feed-forward stays as shared expert and the routed
+            ones start at zero; `"residual"`: it stays as a weighted branch (PR-MoE); a number: this share of its
+            channels becomes a shared expert (the most important ones with `calibration`, else random ones).
+        router ([`RouterInit`] or `"auto"`): How routers start; `Normal(0.02)` unless the builder needs another one.
+        weights (`str`, defaults to `"renormalise"`): `"renormalise"`, `"softmax"` or `"sigmoid"`, see [`WeightRule`].
+        scale (`str` or `float`, defaults to `"auto"`): Factor on the experts' outputs; `"auto"` is the one that
+            preserves the function, or the mean size of the output where nothing does.
+        target (`str` or [`Target`], defaults to `"auto"`): `"auto"` takes a MoE family of transformers where one
+            fits, else a backbone of this package, else generic classes. Or a name of `list_targets()`.
+        calibration (*optional*): Texts, token ids or model inputs, for recipes that look at data, and for the check.
+        tokenizer (*optional*): For texts in `calibration` and `Prompts`; the model's own by default.
+        check (`bool`, defaults to `True`): Run both models and report the largest difference of their logits.
+        seed (`int`, defaults to 0): Seed of everything random.
+        **config_overrides: Fields of the result's config, e.g. `router_aux_loss_coef=0.001`.
+
+    Returns:
+        `tuple[PreTrainedModel, UpcycleReport]`: The MoE in evaluation mode, and what is known about it.
+
+    Raises:
+        ValueError: what cannot work, with the argument, its value and the fix.
+        TypeError: an argument of the wrong type.
+
+    Example:
+
+    ```python
+    >>> moe, report = upcycle("HuggingFaceTB/SmolLM2-135M-Instruct", num_experts=4, top_k=2)
+    >>> print(report)
+    ```
+    """
+    _check_numbers(num_experts, top_k, scale, shared, seed)
+    experts = Copy() if experts is None else experts
+    if not isinstance(experts, ExpertBuilder):
+        hint = f": write {experts.__name__}(...)" if inspect.isclass(experts) else ""
+        raise TypeError(f"`experts` must be an expert builder such as Copy(), got {experts!r}{hint}.")
+    router = experts.default_router() if isinstance(router, str) and router == "auto" else router
+    if not isinstance(router, RouterInit):
+        hint = f": write {router.__name__}(...)" if inspect.isclass(router) else ""
+        raise TypeError(f"`router` must be 'auto' or a router start such as Normal(0.02), got {router!r}{hint}.")
+    rule = resolve_weight_rule(weights)
+    experts.validate(num_experts, top_k)
+    router.validate(num_experts, top_k)
+
+    name = source_name(model)
+    model = load_source(model)
+    sites = locate_feed_forwards(model, layers)
+    plan = make_plan(
+        model, sites, name, num_experts=num_experts, top_k=top_k, experts=experts, shared=shared, router=router,
+        rule=rule, scale=scale, seed=seed, overrides=config_overrides,
+    )  # fmt: skip
+    writer = choose_target(target, model, plan)
+    config = writer.config(model.config, plan)  # refuses wrong overrides before the long part
+
+    tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(model, calibration, router)
+    batches = None if calibration is None else calibration_batches(calibration, tokenizer)
+    plan = _prepared(plan, model, sites, tokenizer)
+    stats = _statistics(plan, writer, model, sites, batches)
+    done: list[UpcycledLayer] = []
+    moe = writer.build(model, config, plan, _layers(plan, writer, config, sites, stats, done))
+    # Preparing may have shown more (identical fine-tunes) than could be known before.
+    exactness = writer.exactness(config, plan)
+    moe.config.upcycling = {**plan.provenance(exactness), "target": writer.name}
+
+    gap = None
+    if check:
+        random = [random_batch(model.config.vocab_size, seed, length=_check_length(model))]
+        gap = measure_gap(model, moe, (batches or random)[:MAX_CHECK_BATCHES], "calibration" if batches else "random")
+        moe.config.upcycling["max_difference"] = gap.max_difference
+        if exactness.exact and not gap.is_rounding:
+            logger.warning(
+                f"The recipe should preserve the dense model, but the {gap.output} differ by {gap.max_difference:.3g} "
+                f"(largest {gap.largest:.3g}, {gap.dtype}). Please report this with the config of the source."
+            )
+    parameters, num_bytes = count_parameters(moe)
+    idle = (num_experts - min(top_k, num_experts)) * plan.expert_parameters * len(sites)
+    report = UpcycleReport(
+        source=name,
+        target=writer.name,
+        architecture=type(moe).__name__,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        num_layers=plan.num_layers,
+        predicted_exact=exactness.exact,
+        reason=exactness.reason,
+        scale=exactness.scale,
+        recipe={key: moe.config.upcycling[key] for key in ("experts", "router", "shared", "weights")},
+        seed=seed,
+        dense_parameters=count_parameters(model)[0],
+        parameters=parameters,
+        active_parameters=parameters - idle,
+        num_bytes=num_bytes,
+        measured=gap,
+        layers=[
+            {"layer": la.layer_idx, "module": la.name, "expert_width": plan.expert_width, "scale": la.scale}
+            for la in done
+        ],
+    )
+    return moe, report
+
+
+def make_plan(
+    model: PreTrainedModel,
+    sites: list[FeedForwardSite],
+    source: str,
+    *,
+    num_experts: int,
+    top_k: int,
+    experts: ExpertBuilder,
+    shared: str | float | None,
+    router: RouterInit,
+    rule: WeightRule,
+    scale: str | float,
+    seed: int,
+    overrides: dict[str, Any],
+) -> UpcyclePlan:
+    """Collects the decisions and checks that the sizes work out. Only shapes of `model` are read.
+
+    Raises:
+        ValueError: feed-forwards of different shapes, or a width that the recipe cannot divide.
+    """
+    forms = [extract_feed_forward(site.module, verify=False) for site in sites]
+    shapes = {tuple((name, tuple(t.shape)) for name, t in form.tensors().items()) for form in forms}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The selected feed-forwards of {type(model).__name__} differ in shape; select layers of one shape with "
+            "`layers`."
+        )
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    stack = sites[0].layer_name.rpartition(".")[0]
+    plan = UpcyclePlan(
+        source=source,
+        source_config=model.config,
+        num_layers=len(model.get_submodule(stack)),
+        layers=tuple(site.layer_idx for site in sites),
+        modules=tuple(site.name.removeprefix(prefix) for site in sites),
+        form=forms[0].map(lambda t: t.to("meta")),
+        num_experts=num_experts,
+        top_k=top_k,
+        experts=experts,
+        shared=shared,
+        router=router,
+        rule=rule,
+        scale=scale,
+        seed=seed,
+        overrides=overrides,
+    )
+    if plan.split_share is not None and not 0 < plan.shared_width < plan.form.intermediate_size:
+        raise ValueError(
+            f"`shared={shared}` leaves {plan.shared_width} of {plan.form.intermediate_size} channels to the shared "
+            "expert; both parts need at least one."
+        )
+    width, size = plan.expert_width, forms[0].up.element_size()
+    if width * size % 16:
+        logger.warning(
+            f"Experts of width {width} in {str(forms[0].up.dtype).removeprefix('torch.')} are not a multiple of 16 "
+            "bytes "
+            'wide, which `experts_implementation="grouped_mm"` (the default) refuses; load the result with "eager" or '
+            '"batched_mm", or choose a split into wider experts.'
+        )
+    return plan
+
+
+def _check_numbers(num_experts: Any, top_k: Any, scale: Any, shared: Any, seed: Any) -> None:
+    for name, value in (("num_experts", num_experts), ("top_k", top_k), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if num_experts < 1:
+        raise ValueError(f"`num_experts` must be at least 1, got {num_experts}.")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"`top_k` must be between 1 and `num_experts` ({num_experts}), got {top_k}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must not be negative, got {seed}.")
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale != "auto" and not (is_number and math.isfinite(scale) and scale > 0):
+        raise ValueError(f"`scale` must be 'auto' or a number above 0, got {scale!r}.")
+    if isinstance(shared, str):
+        if shared not in ("dense", "residual"):
+            raise ValueError(f"`shared` must be None, 'dense', 'residual' or a number in (0, 1), got {shared!r}.")
+    elif shared is not None and (isinstance(shared, bool) or not 0 < shared < 1):
+        raise ValueError(f"`shared` must be None, 'dense', 'residual' or a number in (0, 1), got {shared!r}.")
+
+
+def _find_tokenizer(model: PreTrainedModel, calibration: Any, router: RouterInit) -> Any:
+    """The model's own tokenizer, where there is text to encode and it can be found."""
+    first = calibration[0] if isinstance(calibration, (list, tuple)) and calibration else calibration
+    if not (isinstance(first, str) or router.reads_text):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError):
+        return None  # whoever needs it says so, with the name of its argument
+
+
+def _prepared(plan: UpcyclePlan, model: PreTrainedModel, sites: list[FeedForwardSite], tokenizer: Any) -> UpcyclePlan:
+    """The plan with builder and router start that have seen the model, where they need to."""
+    router = plan.router.prepare(model, sites, tokenizer)
+    return replace(plan, experts=plan.experts.prepare(model, sites), router=router)
+
+
+def _statistics(
+    plan: UpcyclePlan,
+    writer: Target,
+    model: PreTrainedModel,
+    sites: list[FeedForwardSite],
+    batches: list[dict] | None,
+) -> dict[int, LayerStatistics]:
+    for argument, part in (("experts", plan.experts), ("router", plan.router)):
+        if part.needs and batches is None:
+            raise ValueError(
+                f"`{argument}={type(part).__name__}(...)` looks at data ({', '.join(sorted(part.needs))}): pass "
+                "`calibration`, such as a list of texts."
+            )
+    needs = plan.experts.needs | plan.router.needs | writer.needs
+    if batches is not None and plan.split_share is not None and not needs & {"taylor", "contribution"}:
+        needs |= {"contribution"}
+    if batches is not None and plan.rule.total(plan.top_k, plan.num_experts) is None:
+        needs |= {"router_inputs"}
+    if not needs:
+        return {}
+    if batches is None:
+        batches = [random_batch(model.config.vocab_size, plan.seed, length=_check_length(model))]
+    return collect_statistics(model, sites, batches, needs)
+
+
+def _layers(
+    plan: UpcyclePlan,
+    writer: Target,
+    config: Any,
+    sites: list[FeedForwardSite],
+    stats: dict[int, LayerStatistics],
+    done: list[UpcycledLayer],
+) -> Iterator[UpcycledLayer]:
+    """Makes the layers one by one; `done` keeps what the report needs of them, without their weights."""
+    for site in sites:
+        ffn = extract_feed_forward(site.module)
+        layer = build_layer(
+            plan, writer, config, ffn, site.name, site.layer_name, site.layer_idx, stats.get(site.layer_idx)
+        )
+        yield layer
+        done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
+
+
+def _check_length(model: PreTrainedModel) -> int:
+    """Tokens of the random batch: within the positions the model has."""
+    return max(1, min(128, getattr(model.config, "max_position_embeddings", None) or 128))
