@@ -40,9 +40,10 @@ class GlobalBalanceCallback(TrainerCallback):
     ```
     """
 
+    steps: BalanceSteps  # from `on_train_begin` on
+
     def __init__(self, resume_from_checkpoint: str | None = None):
         self.resume_from_checkpoint = resume_from_checkpoint
-        self.steps: BalanceSteps | None = None
         self._epoch_start: int | None = None
         self._observed: tuple[int, int | torch.Tensor, int] | None = None
 
@@ -59,8 +60,8 @@ class GlobalBalanceCallback(TrainerCallback):
         """
         self._observed = (max(len(batches), 1), count_batch_tokens(batches), replicas)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.steps = BalanceSteps(model)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps = BalanceSteps(kwargs["model"])
         self._epoch_start = None
         if state.global_step > 0:
             folders = [
@@ -68,7 +69,7 @@ class GlobalBalanceCallback(TrainerCallback):
                 for folder in (
                     self.resume_from_checkpoint,
                     args.resume_from_checkpoint,
-                    Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}",
+                    _checkpoint_folder(args, state),
                 )
                 if isinstance(folder, str | Path)
             ]
@@ -105,7 +106,7 @@ class GlobalBalanceCallback(TrainerCallback):
         self.steps.end()
 
     def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
             self.steps.save(folder)
 
@@ -144,15 +145,18 @@ class RouterScheduleCallback(TrainerCallback):
     def __init__(self, schedules: Mapping[str, Schedule | Mapping | float] | None = None):
         self.schedules = None if schedules is None else parse_schedules(schedules)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.schedules is None:
-            config = getattr(model, "config", None)
-            config = config.get_text_config() if hasattr(config, "get_text_config") else config
-            self.schedules = parse_schedules((getattr(config, "router_config", None) or {}).get("schedules") or {})
-        apply_schedules(model, self.schedules, state.global_step, state.max_steps)
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._apply(kwargs["model"], state)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        apply_schedules(model, self.schedules, state.global_step, state.max_steps)
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._apply(kwargs["model"], state)
+
+    def _apply(self, model: Any, state: Any) -> None:
+        schedules = self.schedules
+        if schedules is None:
+            config = model.config.get_text_config()
+            schedules = parse_schedules((getattr(config, "router_config", None) or {}).get("schedules") or {})
+        apply_schedules(model, schedules, state.global_step, state.max_steps)
 
 
 @torch.no_grad()
@@ -189,6 +193,10 @@ def _scalar_buffers(routers: Iterable[nn.Module], name: str) -> Iterable[torch.T
         buffer = dict(router.named_buffers(recurse=False)).get(name)
         if buffer is not None and buffer.dim() == 0:
             yield buffer
+
+
+def _checkpoint_folder(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _steps_per_epoch(args, train_dataloader) -> int | None:

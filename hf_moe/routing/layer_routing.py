@@ -4,10 +4,9 @@ Shapes: T tokens, N experts (all, zero-computation ones included), K per token.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 
 __all__ = ["LayerRouting"]
@@ -30,7 +29,7 @@ class LayerRouting(NamedTuple):
     balance_weights: torch.Tensor | None = None
 
     @classmethod
-    def from_router(cls, router: nn.Module, logits: torch.Tensor, index: torch.Tensor) -> "LayerRouting":
+    def from_router(cls, router: Any, logits: torch.Tensor, index: torch.Tensor) -> "LayerRouting":
         """The recorded logits and index of `router`, with its own `probabilities` and `balance_weights`.
 
         Where a capacity empties slots, the index is chosen again without it: f counts what tokens asked for, as in

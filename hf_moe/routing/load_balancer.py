@@ -111,6 +111,14 @@ class LoadBalancer(nn.Module):
     ```
     """
 
+    counts: torch.Tensor  # (L, N), of this step: all ranks in `running` and `blend`, else this rank
+    previous_counts: torch.Tensor  # (L, N), of the step before
+    num_tokens: torch.Tensor
+    previous_num_tokens: torch.Tensor
+    micro_batch: torch.Tensor  # g, micro-batches of this step so far
+    num_micro_batches: torch.Tensor  # G
+    step_num_tokens: torch.Tensor  # T, where it was announced
+
     def __init__(
         self,
         num_experts: Sequence[int],
@@ -375,7 +383,16 @@ class LoadBalancer(nn.Module):
 class PendingBalance:
     """Counts on their way; made by [`LoadBalancer.begin`]."""
 
-    def __init__(self, balancer, layers, token_mask, counts, num_tokens, payload, work):
+    def __init__(
+        self,
+        balancer: LoadBalancer,
+        layers: tuple[LayerRouting, ...],
+        token_mask: torch.Tensor | None,
+        counts: torch.Tensor,
+        num_tokens: torch.Tensor,
+        payload: torch.Tensor | None,
+        work: Any,
+    ):
         self.balancer = balancer
         self.layers = layers
         self.token_mask = token_mask
@@ -405,10 +422,9 @@ class PendingBalance:
         balancer = self.balancer
         if self.work is not None:
             self.work.wait()
-        recorded = self.payload is not None
-        if recorded:
+        if self.payload is not None:
             balancer._record(self.payload)
-        frequency = balancer._frequency(self.counts, recorded)  # (L, N)
+        frequency = balancer._frequency(self.counts, recorded=self.payload is not None)  # (L, N)
         if balancer.local_fraction:
             frequency = frequency + balancer.local_fraction * normalize_counts(self.counts)
         device = self.counts.device

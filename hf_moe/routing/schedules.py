@@ -24,6 +24,7 @@ __all__ = [
 LOWER_LIMITS: dict[str, tuple[float, bool]] = {"temperature": (0.0, False), "noise_std": (0.0, True)}
 
 
+@dataclass(frozen=True)
 class Schedule(ABC):
     """A value for every optimizer step. Schedules are immutable, comparable and JSON-able.
 

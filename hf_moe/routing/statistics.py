@@ -77,10 +77,7 @@ class RouterStats:
     def reset(self) -> None:
         """Forget everything."""
         self.num_experts: tuple[int, ...] = ()
-        self._counts: torch.Tensor | None = None  # (L, N)
-        self._probability_sum: torch.Tensor | None = None  # (L, N)
-        self._entropy_sum: torch.Tensor | None = None  # (L,)
-        self._num_tokens: torch.Tensor | None = None  # ()
+        self._sums: _Sums | None = None
 
     @torch.no_grad()
     def update(self, layers: Iterable[LayerRouting], token_mask: torch.Tensor | None = None) -> None:
@@ -100,16 +97,18 @@ class RouterStats:
                 f"`layers` has the numbers of experts {list(widths)}, one per MoE layer, but needs "
                 f"{list(self.num_experts) or 'at least one layer'}. Use one `RouterStats` per model, or `reset()` it."
             )
-        if self._counts is None:
-            self._start(widths, layers[0].logits.device)
+        if self._sums is None:
+            self.num_experts = widths
+            self._sums = _Sums.zeros(widths, layers[0].logits.device)
+        sums = self._sums
         for row, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-            self._counts[row, :width] += expert_counts(layer.index, width, token_mask).to(self._counts.device)
-            p = layer.distribution().to(self._probability_sum)  # (T, N)
+            sums.counts[row, :width] += expert_counts(layer.index, width, token_mask).to(sums.counts.device)
+            p = layer.distribution().to(sums.probability)  # (T, N)
             if token_mask is not None:
                 p = p[flat_mask(token_mask, p.shape[0]).to(p.device)]
-            self._probability_sum[row, :width] += p.sum(dim=0)
-            self._entropy_sum[row] += torch.special.entr(p).sum()
-        self._num_tokens += count_tokens(layers[0].index.shape[0], token_mask, self._num_tokens.device)
+            sums.probability[row, :width] += p.sum(dim=0)
+            sums.entropy[row] += torch.special.entr(p).sum()
+        sums.num_tokens.add_(count_tokens(layers[0].index.shape[0], token_mask, sums.counts.device))
 
     def reduce(self, group: "dist.ProcessGroup | None" = None) -> "RouterStats":
         """The sum over processes, as a new object: two small collectives. Every process must have seen a batch.
@@ -120,17 +119,16 @@ class RouterStats:
         Returns:
             [`RouterStats`]
         """
-        self._need_data()
-        total = RouterStats()
-        total.num_experts = self.num_experts
-        whole = torch.cat([self._counts.flatten(), self._num_tokens.view(1)])
-        real = torch.cat([self._probability_sum.flatten(), self._entropy_sum])
+        sums = self._seen()
+        whole = torch.cat([sums.counts.flatten(), sums.num_tokens.view(1)])
+        real = torch.cat([sums.probability.flatten(), sums.entropy])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(whole, group=group)
             dist.all_reduce(real, group=group)
-        total._counts, total._num_tokens = whole[:-1].view_as(self._counts), whole[-1]
-        size = self._counts.numel()
-        total._probability_sum, total._entropy_sum = real[:size].view_as(self._counts), real[size:]
+        total = RouterStats()
+        total.num_experts = self.num_experts
+        shape, size = sums.counts.shape, sums.counts.numel()
+        total._sums = _Sums(whole[:-1].view(shape), real[:size].view(shape), real[size:], whole[-1])
         return total
 
     def compute(self) -> RoutingSummary:
@@ -139,19 +137,18 @@ class RouterStats:
         Raises:
             ValueError: nothing was seen yet.
         """
-        self._need_data()
-        counts = self._counts.cpu()
+        counts, probability, entropy, tokens = (value.cpu() for value in self._seen())
         width = torch.tensor(self.num_experts)  # (L,)
         exists = torch.arange(counts.shape[1]) < width.unsqueeze(-1)  # (L, N)
-        num_tokens = int(self._num_tokens)
+        num_tokens = int(tokens)
         load = normalize_counts(counts)
         per_token = 1 / max(num_tokens, 1)
         mean = counts.sum(dim=-1).clamp(min=1) / width
         return RoutingSummary(
             counts=counts,
             load=load,
-            mean_probability=(self._probability_sum.cpu() * per_token).float(),
-            entropy=(self._entropy_sum.cpu() * per_token).float(),
+            mean_probability=(probability * per_token).float(),
+            entropy=(entropy * per_token).float(),
             load_entropy=torch.special.entr(load).sum(dim=-1),
             max_violation=counts.amax(dim=-1) / mean - 1,
             dead_share=((counts == 0) & exists).sum(dim=-1) / width,
@@ -159,16 +156,28 @@ class RouterStats:
             num_tokens=num_tokens,
         )
 
-    def _start(self, widths: tuple[int, ...], device: torch.device) -> None:
-        self.num_experts = widths
+    def _seen(self) -> "_Sums":
+        if self._sums is None:
+            raise ValueError("`RouterStats` has seen no batch yet; call `update` first.")
+        return self._sums
+
+
+class _Sums(NamedTuple):
+    """Sums over tokens."""
+
+    counts: torch.Tensor  # (L, N) int64
+    probability: torch.Tensor  # (L, N)
+    entropy: torch.Tensor  # (L,)
+    num_tokens: torch.Tensor  # ()
+
+    @classmethod
+    def zeros(cls, widths: tuple[int, ...], device: torch.device) -> "_Sums":
         shape = (len(widths), max(widths))
         # Sums over millions of tokens need float64; MPS has none.
         real = torch.float32 if device.type == "mps" else torch.float64
-        self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._probability_sum = torch.zeros(shape, dtype=real, device=device)
-        self._entropy_sum = torch.zeros(len(widths), dtype=real, device=device)
-        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
-
-    def _need_data(self) -> None:
-        if self._counts is None:
-            raise ValueError("`RouterStats` has seen no batch yet; call `update` first.")
+        return cls(
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=real, device=device),
+            torch.zeros(len(widths), dtype=real, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )
