@@ -44,9 +44,15 @@ __all__ = [
 
 @dataclass
 class MoeModelOutput(MoeModelOutputWithPast):
-    """Base-model output. `router_indices` is a tuple, one per MoE layer, of int64 tensors of shape `(T, K)`."""
+    """Base-model output. `router_indices` is a tuple, one per MoE layer, of int64 tensors of shape `(T, K)`.
+
+    `all_router_logits` are `(T, N)`, zero-computation experts included. `router_logits` here are those of the
+    `config.num_experts` feed-forward experts alone: TRL computes an auxiliary loss from a base model's output, and
+    fails on more columns than that. Outputs of heads have all of them in `router_logits`.
+    """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
+    all_router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -234,13 +240,17 @@ class MoeModelMixin:
             routing_context=self.routing_context(input_ids, attention_mask, inputs_embeds),
             **kwargs,
         )
+        router_logits = outputs.get("router_logits")
+        if self.config.num_zero_computation_experts and router_logits:
+            router_logits = tuple(logits[:, : self.config.num_experts] for logits in router_logits)
         return MoeModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=outputs.get("router_logits"),
+            router_logits=router_logits,
             router_indices=outputs.get("router_indices"),
+            all_router_logits=outputs.get("router_logits"),
         )
 
     def routing_context(
@@ -280,12 +290,12 @@ class RouterLossesMixin:
         Returns:
             [`PendingBalance`], or `None` where nothing was recorded or the losses are somebody else's business.
         """
-        if not outputs.router_logits or not self.adds_router_losses:
+        if not outputs.all_router_logits or not self.adds_router_losses:
             return None
         routers = [block.gate for _, block in self.base_model.moe_blocks()]
         layers = [
             LayerRouting.from_router(router, logits, index)
-            for router, logits, index in zip(routers, outputs.router_logits, outputs.router_indices, strict=True)
+            for router, logits, index in zip(routers, outputs.all_router_logits, outputs.router_indices, strict=True)
         ]
         return self.base_model.load_balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)
 
@@ -375,7 +385,7 @@ class MoeForCausalLMMixin(RouterLossesMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.all_router_logits,
             router_indices=outputs.router_indices,
         )
 
@@ -432,7 +442,7 @@ class MoeForSequenceClassificationMixin(_ClassifierMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.all_router_logits,
             router_indices=outputs.router_indices,
         )
 
@@ -479,6 +489,6 @@ class MoeForTokenClassificationMixin(_ClassifierMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.all_router_logits,
             router_indices=outputs.router_indices,
         )
