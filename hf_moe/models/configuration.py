@@ -6,9 +6,7 @@ from typing import Any
 from hf_moe.registration import load_modeling
 
 
-__all__ = ["BALANCE_MODES", "MoeConfigMixin", "parse_moe_layers"]
-
-BALANCE_MODES = ("micro", "rank", "running", "lagged", "blend")
+__all__ = ["MoeConfigMixin", "parse_moe_layers"]
 
 # Expert-parallel and tensor-parallel plan entries of a block at `layers.*.mlp`.
 EXPERT_TP_PLAN = {
@@ -197,6 +195,7 @@ class MoeConfigMixin:
         if hasattr(super(), "validate_architecture"):
             super().validate_architecture()
         from hf_moe.experts.registry import experts_class
+        from hf_moe.routing.load_balancer import validate_balance_options
         from hf_moe.routing.registry import validate_router
 
         if self.num_experts < 1:
@@ -221,13 +220,10 @@ class MoeConfigMixin:
             )
         if not self.router_tau > 0:
             raise ValueError(f"`router_tau` must be above 0, got {self.router_tau}.")
-        for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_speed"):
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        if self.balance_mode not in BALANCE_MODES:
-            raise ValueError(f"`balance_mode` must be one of {list(BALANCE_MODES)}, got {self.balance_mode!r}.")
-        if not 0 <= self.balance_local_fraction <= 1:
-            raise ValueError(f"`balance_local_fraction` must be between 0 and 1, got {self.balance_local_fraction}.")
+        validate_balance_options(self.balance_mode, self.balance_local_fraction, self.router_bias_update_speed)
         if self.expert_type is not None:
             experts_class(self.expert_type)
         validate_router(self)

@@ -3,29 +3,34 @@
 from hf_moe.lazy import lazy_exports
 
 
+_EXPORTS = {
+    ".balance": ["expert_frequency", "load_balance_loss", "router_z_loss"],
+    ".base": ["BaseRouter", "LinearRouter"],
+    ".callbacks": ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"],
+    ".capacity": ["apply_capacity", "pack_slots"],
+    ".discovery": ["find_balancers", "find_routers"],
+    ".gating_residual": ["GatingResidualRouter", "MoePlusPlusReleaseRouter"],
+    ".layer_routing": ["LayerRouting"],
+    ".load_balancer": ["BalanceLosses", "LoadBalancer"],
+    ".loss_scale": ["balance_loss_scale"],
+    ".output": ["RouterOutput", "RoutingContext"],
+    ".registry": ["build_router", "list_routers", "register_router", "router_class"],
+    ".schedules": [
+        "ConstantSchedule",
+        "CosineSchedule",
+        "ExponentialSchedule",
+        "LinearSchedule",
+        "Schedule",
+        "SequenceSchedule",
+        "StepSchedule",
+        "parse_schedules",
+    ],
+    ".selection_bias": ["update_selection_bias"],
+    ".statistics": ["RouterStats", "RoutingSummary"],
+    ".steps": ["BalanceSteps"],
+    ".topk": ["SigmoidTopKRouter", "SoftmaxTopKRouter"],
+}
+
 __getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "BalanceLosses": ".load_balancer",
-        "BaseRouter": ".base",
-        "GatingResidualRouter": ".gating_residual",
-        "GlobalBalanceCallback": ".callbacks",
-        "LayerRouting": ".load_balancer",
-        "LinearRouter": ".base",
-        "LoadBalancer": ".load_balancer",
-        "MoePlusPlusReleaseRouter": ".gating_residual",
-        "RouterOutput": ".output",
-        "RouterScheduleCallback": ".callbacks",
-        "RouterStats": ".statistics",
-        "RoutingContext": ".output",
-        "SigmoidTopKRouter": ".topk",
-        "SoftmaxTopKRouter": ".topk",
-        "apply_capacity": ".capacity",
-        "build_router": ".registry",
-        "list_routers": ".registry",
-        "load_balance_loss": ".balance",
-        "pack_slots": ".capacity",
-        "register_router": ".registry",
-        "router_class": ".registry",
-    },
+    __name__, {name: module for module, names in _EXPORTS.items() for name in names}
 )

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from .capacity import CAPACITY_POLICIES, apply_capacity, pack_slots
 from .output import RouterOutput, RoutingContext
+from .schedules import parse_schedules
 
 
 __all__ = ["BaseRouter", "LinearRouter"]
@@ -82,6 +83,7 @@ class BaseRouter(nn.Module):
             raise ValueError(
                 f"`router_config['capacity_policy']` must be one of {list(CAPACITY_POLICIES)}, got {policy!r}."
             )
+        parse_schedules(options.get("schedules") or {})
 
     # -- steps ---------------------------------------------------------------------------------------------------
     def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:

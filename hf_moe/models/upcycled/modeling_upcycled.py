@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, D hidden.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -50,6 +51,7 @@ class UpcycledMixin(MoePreTrainedMixin):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, UpcycledFeedForward(self._block_config(), index))
         self.load_balancer = LoadBalancer.from_config(self.config)
+        self._keep_in_fp32_modules_strict = {re.escape(f"{name}.gate.") for name in self.config.moe_modules}
         super().post_init()
 
     def _block_config(self) -> Any:
@@ -63,8 +65,11 @@ class UpcycledMixin(MoePreTrainedMixin):
             output_router_logits (`bool`, *optional*): Record; in training with a router loss it happens anyway.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        has_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
-        if not wanted and not (self.training and torch.is_grad_enabled() and has_loss):
+        config = self.config
+        counts = (
+            config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.router_bias_update_speed > 0
+        )
+        if not wanted and not (self.training and torch.is_grad_enabled() and counts):
             return super().forward(*args, **kwargs)
         blocks = [block for _, block in self.moe_blocks()]
         return_dict = kwargs.pop("return_dict", None)
@@ -75,7 +80,11 @@ class UpcycledMixin(MoePreTrainedMixin):
         mask = kwargs.get("attention_mask")
         tokens = layers[0].index.shape[0]
         mask = mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.numel() == tokens else None
-        losses = self.load_balancer(layers, mask, kwargs.get("labels"), kwargs.get("num_items_in_batch"))
+        # Labels of a causal language model are shifted inside its loss; all others count as they are.
+        labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
+        shifted = shift_labels is not None or self.loss_type != "ForCausalLM"
+        labels = labels if shift_labels is None else shift_labels
+        losses = self.load_balancer(layers, mask, labels, kwargs.get("num_items_in_batch"), shifted)
         loss = outputs.get("loss")
         if loss is not None:
             total = losses.total(self.config.router_aux_loss_coef, self.config.router_z_loss_coef)
