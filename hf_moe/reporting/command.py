@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", default="routing-report", help="where the report goes (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", metavar="N", type=int, default=20_000, help="tokens to route at most (default: %(default)s)"
+        "--max-tokens", metavar="N", type=int, default=10_000, help="tokens to route at most (default: %(default)s)"
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=int, default=8, help="windows per forward pass (default: %(default)s)"
