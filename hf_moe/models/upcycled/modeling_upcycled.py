@@ -69,7 +69,8 @@ class UpcycledMixin(MoePreTrainedMixin):
         counts = (
             config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.router_bias_update_speed > 0
         )
-        if not wanted and not (self.training and torch.is_grad_enabled() and counts):
+        in_training = self.training and torch.is_grad_enabled() and counts
+        if not self.adds_router_losses or not (wanted or in_training):
             return super().forward(*args, **kwargs)
         blocks = [block for _, block in self.moe_blocks()]
         return_dict = kwargs.pop("return_dict", None)
