@@ -1,0 +1,208 @@
+"""The part that makes a Trainer a Mixture-of-Experts trainer."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_moe.routing import BalanceLosses, GlobalBalanceCallback, RouterScheduleCallback
+from hf_moe.routing.load_balancer import validate_balance_options
+from hf_moe.views import unwrap_model
+
+from .optimizer_groups import split_param_groups
+from .router_losses import RouterLossCollector
+
+
+__all__ = ["MoeTrainerMixin"]
+
+logger = logging.get_logger(__name__)
+
+
+class MoeTrainerMixin:
+    r"""Goes in front of a Trainer class, which then trains with the router losses of hf_moe.
+
+    What it does, over the class it is mixed into:
+
+    - **Router losses.** Per optimizer step, router_aux_loss_coef * L_balance + router_z_loss_coef * L_z is added to
+      the loss exactly once, with the statistics of `balance_mode` ([`~hf_moe.LoadBalancer`]), padding left out. TRL
+      computes its log-probabilities from the decoder's hidden states and never calls the model's own head; its own
+      auxiliary loss, Mixtral's formula over all layers pooled, is switched off. So is the one the model's head would
+      add: whichever path a loss takes, the trainer adds the router losses, and nobody else does.
+    - **Optimizer steps.** The balancers are told the micro-batches and tokens of every step before it starts, the
+      shorter last step of an epoch included. The coefficient is therefore independent of gradient accumulation and of
+      the number of processes, whatever part of the tokens has labels.
+    - **Callbacks.** [`~hf_moe.GlobalBalanceCallback`] is added, and [`~hf_moe.RouterScheduleCallback`] if the model's
+      config has schedules, unless they are there already. `train(resume_from_checkpoint=...)` finds their state.
+    - **Logs.** `aux_loss`, and `router_z_loss` where it is on: unweighted means over the micro-batches of all
+      processes since the last log. `aux_loss` is 1 when balanced.
+    - **Optimizer.** `router_learning_rate` and `expert_learning_rate`, see [`MoeTrainingArguments`].
+
+    Evaluation losses hold no router losses, as in the model's own forward.
+
+    Note: a TRL trainer sets `config.output_router_logits` in stock use; here it is set to `False`, because TRL would
+    compute its auxiliary loss whenever it is `True`.
+
+    Raises:
+        ValueError: the model has no load balancer; `nn.DataParallel` would be used; an argument is out of range; or
+            selection biases are to be trained beside an adapter that would not keep them.
+
+    Example:
+
+    ```python
+    >>> from trl import KTOTrainer
+    >>> from hf_moe.trainers import MoeTrainerMixin
+    >>> class MoeKTOTrainer(MoeTrainerMixin, KTOTrainer):
+    ...     pass
+    ```
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} does not support `nn.DataParallel`, which a single process uses when it sees "
+                f"several GPUs ({self.args.n_gpu}). Launch it with `accelerate launch`, or make one GPU visible."
+            )
+        self._router_losses: RouterLossCollector | None = None
+        self._router_metrics: dict[str, tuple[torch.Tensor, int]] = {}
+        config = _router_config(self._prepare_router_losses().model)
+        self._balance = self._callback(GlobalBalanceCallback)
+        if config.router_config.get("schedules"):
+            self._callback(RouterScheduleCallback)
+
+    def _callback(self, cls: type) -> Any:
+        """The trainer's callback of this class, added if there is none."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, cls):
+                return callback
+        callback = cls()
+        self.add_callback(callback)
+        return callback
+
+    # -- router losses -------------------------------------------------------------------------------------------
+    @property
+    def _moe_model(self) -> nn.Module:
+        return unwrap_model(self.accelerator.unwrap_model(self.model))
+
+    def _prepare_router_losses(self) -> RouterLossCollector:
+        """The collector of the model as it is now: `model_init` makes a new one for every run."""
+        model = self._moe_model
+        if self._router_losses is None or self._router_losses.model is not model:
+            self._router_losses = RouterLossCollector(model)
+            self._configure(_router_config(model))
+            self._check_selection_biases()
+        return self._router_losses
+
+    def _configure(self, config: Any) -> None:
+        """Writes what the arguments say about router losses into the model's config, and switches off TRL's own."""
+        if hasattr(self, "aux_loss_enabled"):  # a TRL trainer
+            config.output_router_logits = self.aux_loss_enabled = False
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "balance_mode"):
+            value = getattr(self.args, name, None)
+            if value is not None:
+                setattr(config, name, value)
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(config, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(config, name)}.")
+        validate_balance_options(config.balance_mode)
+        for balancer, _ in self._router_losses.balancers.values():
+            balancer.mode = config.balance_mode
+            balancer.z_loss = config.router_z_loss_coef > 0
+
+    def _check_selection_biases(self) -> None:
+        adapter = getattr(self.accelerator.unwrap_model(self.model), "peft_config", None)
+        for name, (balancer, routers) in self._router_losses.balancers.items():
+            if not adapter or balancer.bias_update_speed == 0:
+                continue
+            modules = {id(module): path for path, module in self._moe_model.named_modules()}
+            if any("modules_to_save" not in modules[id(router)] for router in routers):
+                raise ValueError(
+                    f"`router_bias_update_speed={balancer.bias_update_speed}` moves buffers of the routers "
+                    f"({name!r}), which a checkpoint of this adapter would not hold. Add the routers to the adapter, "
+                    '`LoraConfig(modules_to_save=["gate"])`, or set `router_bias_update_speed=0.0`.'
+                )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The loss of the class below plus, in training, the router losses of its decoder passes with gradients."""
+        collector = self._prepare_router_losses()
+        config = _router_config(collector.model)
+        wanted = config.router_aux_loss_coef or config.router_z_loss_coef
+        wanted = wanted or any(balancer.bias_update_speed for balancer, _ in collector.balancers.values())
+        if not (wanted and self.model.training and torch.is_grad_enabled()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with collector.collect() as pending:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, *outputs = result if return_outputs else (result,)
+        # The balancer's scale is right for a loss that the Trainer goes on to sum or to average itself. Where losses
+        # are summed, the class below has already undone the mean over ranks, so what is added here has to as well.
+        is_summed = self._loss_is_summed(num_items_in_batch)
+        over_ranks = self.accelerator.num_processes // self.get_tp_size()
+        factor = over_ranks if is_summed and self.args.average_tokens_across_devices else 1
+        for part in pending:
+            losses = part.finish(num_items_in_batch=1 if is_summed else None)
+            total = factor * losses.total(config.router_aux_loss_coef, config.router_z_loss_coef)
+            loss = loss + total.to(loss.device)
+            self._note(losses)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _loss_is_summed(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
+        """Whether `training_step` sums what `compute_loss` returns over micro-batches instead of averaging it."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
+
+    # -- optimizer steps -----------------------------------------------------------------------------------------
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
+        """As in the class below; the balancers learn how many micro-batches and tokens the step will have."""
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._balance.observe_batches(batches, replicas=self.get_cp_size() * self.get_sp_size())
+        return batches, num_items_in_batch
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in the class below; the router state is looked for in the same checkpoint."""
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            self._balance.resume_from_checkpoint = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # -- optimizer -----------------------------------------------------------------------------------------------
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in the class below, with learning rates of their own for routers and experts where the arguments have
+        them."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        names = ("router_learning_rate", "expert_learning_rate")
+        rates = {name: getattr(self.args, name, None) for name in names}
+        if is_new and any(rate is not None for rate in rates.values()):
+            split_param_groups(optimizer, self.model if model is None else model, **rates)
+        return optimizer
+
+    # -- logs ----------------------------------------------------------------------------------------------------
+    def _note(self, losses: BalanceLosses) -> None:
+        for name, value in (("aux_loss", losses.aux_loss), ("router_z_loss", losses.z_loss)):
+            if value is not None:
+                total, count = self._router_metrics.get(name, (0.0, 0))
+                self._router_metrics[name] = (total + value.detach(), count + 1)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in the class below, with the router losses of the micro-batches since the last log."""
+        if self.model.training and self._router_metrics:
+            means = torch.stack([total / count for total, count in self._router_metrics.values()])
+            means = self.accelerator.reduce(means, "mean")
+            logs.update(zip(self._router_metrics, means.tolist(), strict=True))
+            self._router_metrics.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def _router_config(model: nn.Module) -> Any:
+    """Where the fields of `MoeConfigMixin` are: in the text part of a composite config."""
+    return model.config.get_text_config()
