@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_moe.metrics.results import METRIC_NAMES
+
 from .bibliography import Paper, find_papers
 from .type_cards import TypeCard, type_card
 
@@ -138,14 +140,15 @@ def create_model_card(
         title=name,
         description=_description(model, base_model),
         architecture=_pairs("Property", _architecture(model)),
-        recipe=recipe if isinstance(recipe, str) else _pairs("Setting", recipe or provenance),
-        report=_pairs("Measure", _as_mapping(report)),
+        # the report says what the provenance says, in words
+        recipe=recipe if isinstance(recipe, str) else _pairs("Setting", recipe or ({} if report else provenance)),
+        report=_report_rows(report),
         training=_pairs("Setting", training or {}),
         evaluation=[_evaluation_row(result) for result in results],
         routing_table=_rows(routing_table or ()),
         figures=[_figure(figure) for figure in figures],
-        loading=_loading(model, repo_id or name, pipeline),
-        citations=[entry.bibtex for entry in _papers(config.model_type, paper, recipe or provenance)],
+        loading=_loading(model, repo_id or (name if _is_repo_id(name) else "path/to/this/folder"), pipeline),
+        citations=[entry.bibtex for entry in _papers(config, paper, f"{recipe} {provenance}")],
     )
 
 
@@ -212,20 +215,34 @@ def _pipeline(model: "PreTrainedModel") -> str | None:
     return next((pipeline for suffix, pipeline in PIPELINES.items() if name.endswith(suffix)), None)
 
 
-def _papers(model_type: str, paper: str | Sequence[str] | None, recipe: Any) -> list[Paper]:
+def _papers(config: Any, paper: str | Sequence[str] | None, text: str) -> list[Paper]:
+    """Of the type, its router and the recipe that made it; those given; those a recipe mentions by number."""
+    from hf_moe.listing import list_everything
+
+    card = _type_card(config.model_type)
+    papers = list(card.papers) if card else []
+    provenance = getattr(config, "upcycling", None) or {}
+    made_by = (provenance.get("experts") or {}, provenance.get("router") or {})
+    names = {
+        "routers": getattr(config, "router_type", None) if card else None,
+        "recipes": made_by[0].get("name") if isinstance(made_by[0], Mapping) else None,
+        "router-inits": made_by[1].get("name") if isinstance(made_by[1], Mapping) else None,
+    }
+    for kind, name in names.items():
+        if name:
+            entries = {entry.name: entry for entry in list_everything((kind,))[kind]}
+            papers += find_papers(" ".join(entries[name].papers)) if name in entries else []
     given = " ".join([paper] if isinstance(paper, str) else paper or ())
-    card = _type_card(model_type)
-    named = card.papers if card else ()
-    return list(dict.fromkeys([*named, *find_papers(f"{given} {recipe}")]))
+    return list(dict.fromkeys([*papers, *find_papers(f"{given} {text}")]))
 
 
-def _as_mapping(report: Any) -> Mapping[str, Any]:
+def _report_rows(report: Any) -> list[dict[str, str]]:
     if report is None or isinstance(report, Mapping):
-        return report or {}
-    if hasattr(report, "to_dict"):
-        return report.to_dict()
+        return _pairs("Measure", report or {})
+    if hasattr(report, "rows"):
+        return _pairs("Measure", dict(report.rows()))
     if dataclasses.is_dataclass(report):
-        return dataclasses.asdict(report)
+        return _pairs("Measure", dataclasses.asdict(report))
     raise TypeError(f"`report` must be an UpcycleReport or a mapping, got {type(report).__name__}.")
 
 
@@ -243,14 +260,14 @@ def _eval_result(result: Mapping[str, Any] | EvalResult, pipeline: str | None) -
                 "dataset_name": dataset,
                 "dataset_split": fields.get("split"),
                 "metric_type": str(fields["metric"]).lower().replace(" ", "_"),
-                "metric_name": str(fields["metric"]),
+                "metric_name": METRIC_NAMES.get(fields["metric"], str(fields["metric"])),
                 "metric_value": fields.get("value"),
             }
         result = EvalResult(**fields)
     value = result.metric_value
     if value is None or (isinstance(value, float) and not abs(value) < float("inf")):
         raise ValueError(f"`eval_results` has {value!r} for {result.metric_type!r}: a card needs a finite number.")
-    return result
+    return dataclasses.replace(result, metric_value=float(f"{value:.6g}")) if isinstance(value, float) else result
 
 
 def _evaluation_row(result: EvalResult) -> dict[str, str]:
@@ -270,7 +287,8 @@ def _pairs(header: str, values: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value and not any(isinstance(v, (Mapping, list)) for v in value.values()):
-            value = ", ".join(f"{name} {_cell(inner)}" for name, inner in value.items())
+            options = ", ".join(f"{name}={_cell(inner)}" for name, inner in value.items() if name != "name")
+            value = f"{value['name']}({options})" if "name" in value else options
         if value is not None and value != {} and value != []:
             rows.append({header: _cell(str(key).replace("_", " ")), "Value": _cell(value)})
     return rows

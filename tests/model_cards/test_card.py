@@ -37,6 +37,7 @@ def test_a_full_card_has_every_section_and_valid_metadata(model):
     card = create_model_card(
         model,
         report=Report(),
+        recipe=model.config.upcycling,
         routing_table=[{"Layer": 0, "Load max/mean": 1.23456, "Dead": 0}],
         eval_results=[
             {"metric": "Perplexity", "value": 12.3456, "dataset": "wikitext", "split": "test"},
@@ -106,8 +107,28 @@ def test_papers_of_type_and_recipe_are_cited_once_each(model):
     card = create_model_card(
         model, recipe={"method": "drop-upcycling (2502.19261)"}, paper=["2212.05055", "2410.07524"]
     )
-    assert re.findall(r"eprint = \{(.*)\}", card.text) == ["2212.05055", "2401.04088", "2410.07524", "2502.19261"]
+    assert re.findall(r"eprint = \{(.*)\}", card.text) == [
+        "2212.05055", "2401.04088", "2101.03961", "2410.07524", "2502.19261",
+    ]  # fmt: skip
     assert "@misc{nakamura2025dropupcycling," in card.text
+
+
+def test_papers_of_the_router_and_of_the_recipe_in_the_provenance_are_cited():
+    provenance = {"experts": {"name": "Drop", "rho": 0.5}, "router": {"name": "KMeans"}}
+    config = MoeLlamaConfig(**SMALL, router_type="sigmoid_topk", upcycling=provenance)
+    card = create_model_card(MoeLlamaForCausalLM(config))
+    assert {"2412.19437", "2502.19261", "2411.15708"} <= set(re.findall(r"eprint = \{(.*)\}", card.text))
+    assert "| experts | Drop(rho=0.5) |" in card.text
+
+
+def test_the_report_of_upcycling_is_shown_in_its_own_words(model):
+    class Told:
+        def rows(self):
+            return [("Function", "the same function as the dense model"), ("Parameters", "5 (3 active per token)")]
+
+    card = create_model_card(model, report=Told())
+    assert "| Function | the same function as the dense model |" in card.text
+    assert "How it was made" not in headings(card)  # the report says it
 
 
 def test_a_native_model_needs_no_plugin_and_its_card_says_so():
