@@ -191,7 +191,7 @@ def installed_dependencies() -> list[Distribution]:
             if name not in found:
                 found[name] = distribution(name)
                 required = [line for line in found[name].requires or [] if "extra ==" not in line]
-                names += [re.match(r"[\w.-]+", line).group() for line in required]
+                names += [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required]
         except PackageNotFoundError:  # needed on another platform only
             continue
     return [found[name] for name in sorted(found)]
@@ -210,8 +210,7 @@ def read_licences() -> Iterator[str]:
 def read_readmes() -> Iterator[str]:
     """Long descriptions from the dependencies' metadata."""
     for package in installed_dependencies():
-        text = package.metadata.get("Description") or package.read_text("METADATA") or ""
-        yield text.partition("\n\n")[2] if text.startswith("Metadata-Version") else text
+        yield (package.read_text("METADATA") or "").partition("\n\n")[2]  # headers, an empty line, the description
 
 
 READERS = {

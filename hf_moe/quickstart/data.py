@@ -4,8 +4,7 @@ Shapes: M blocks, S sequence length.
 """
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_moe.corpora import Corpus
@@ -69,11 +68,11 @@ def pack(documents: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, length:
 
 
 @torch.no_grad()
-def held_out_perplexity(model: nn.Module, blocks: torch.Tensor, description: str, batch_size: int = 4) -> float:
+def held_out_perplexity(model: PreTrainedModel, blocks: torch.Tensor, description: str, batch_size: int = 4) -> float:
     """Perplexity without router losses, with a progress bar.
 
     Args:
-        model (`nn.Module`): A causal language model; evaluated in evaluation mode.
+        model (`PreTrainedModel`): A causal language model; evaluated in evaluation mode.
         blocks (`torch.Tensor` of shape `(M, S)`): Token ids.
         description (`str`): Label of the progress bar.
         batch_size (`int`, defaults to 4): Blocks per forward pass.

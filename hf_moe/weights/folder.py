@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,7 +68,7 @@ def check_causal_lm(config, source: str) -> None:
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     registered = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if registered:
-        known.add(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+        known.add(getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", ""))
     architectures = config.architectures or []
     other_head = bool(architectures) and not known & {*architectures}
     if not registered or other_head or getattr(config, "is_encoder_decoder", False):
@@ -114,9 +115,10 @@ def load_folder(
     check_safetensors(folder)
     tokenizer = load_tokenizer(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights in `{folder}` cannot be loaded: {first_line(error)}.") from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
