@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "causal_lm_metrics": ".trainer",
         "evaluation_results": ".results",
         "keep_token_losses": ".trainer",
+        "marginal_entropy": ".summary",
         "summarize_assignments": ".summary",
         "summarize_probabilities": ".summary",
         "token_losses": ".losses",

@@ -7,9 +7,8 @@ import math
 
 import datasets
 import evaluate
-import torch
 
-from hf_moe.metrics.summary import summarize_probabilities
+from hf_moe.metrics.summary import marginal_entropy, summarize_probabilities
 
 
 __all__ = ["RoutingEntropy"]
@@ -27,7 +26,7 @@ Args:
 Returns:
     routing_entropy, marginal_entropy, routing_entropy_normalized (divided by ln N: 1 is undecided); all floats.
 Example:
-    >>> RoutingEntropy().compute(probabilities=[[0.5, 0.5], [1.0, 0.0]])["routing_entropy"] # half of ln 2
+    >>> RoutingEntropy().compute(probabilities=[[0.5, 0.5], [1.0, 0.0]])["routing_entropy"]  # half of ln 2
     0.34657
 """
 
@@ -63,6 +62,6 @@ class RoutingEntropy(evaluate.Metric):
         entropy = summary.entropy.mean().item()
         return {
             "routing_entropy": entropy,
-            "marginal_entropy": torch.special.entr(summary.mean_probability).sum(dim=-1).mean().item(),
+            "marginal_entropy": marginal_entropy(summary).mean().item(),
             "routing_entropy_normalized": entropy / max(math.log(summary.mean_probability.shape[-1]), 1e-12),
         }

@@ -12,7 +12,7 @@ from hf_moe.routing.layer_routing import LayerRouting
 from hf_moe.routing.statistics import RouterStats, RoutingSummary
 
 
-__all__ = ["summarize_assignments", "summarize_probabilities"]
+__all__ = ["marginal_entropy", "summarize_assignments", "summarize_probabilities"]
 
 # Rows that become tensors at once.
 CHUNK = 4096
@@ -71,6 +71,25 @@ def summarize_probabilities(probabilities) -> RoutingSummary:
         nobody = torch.zeros(rows.shape[0], 0, dtype=torch.int64)
         stats.update(LayerRouting(p, nobody, p) for p in rows.unbind(1))
     return stats.compute()
+
+
+def marginal_entropy(summary: RoutingSummary) -> torch.Tensor:
+    """Entropy of the mean distribution of each layer, H(1/T sum_t p_t), in nats.
+
+    Its distance to `summary.entropy`, the mean of H(p_t), is the mutual information of token and expert.
+
+    Args:
+        summary ([`~hf_moe.routing.statistics.RoutingSummary`]): From `RouterStats.compute`.
+
+    Returns:
+        `torch.Tensor` of shape `(L,)`.
+
+    Example:
+        ```python
+        gap = marginal_entropy(summary) - summary.entropy
+        ```
+    """
+    return torch.special.entr(summary.mean_probability).sum(dim=-1)
 
 
 def _chunks(rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from hf_moe.metrics.summary import marginal_entropy
 from hf_moe.routing.layer_routing import LayerRouting
 from hf_moe.routing.statistics import RouterStats
 from hf_moe.views import MoeLayerView, RoutingRecorder, record_routing, unwrap_model
@@ -147,6 +148,7 @@ class Collector:
         if not self.occurrences.any():
             raise ValueError("`texts` holds no token: there is nothing to report. Pass texts that are not empty.")
         summary = self.stats.compute()
+        of_the_mean = marginal_entropy(summary)
         layers = []
         for row, view in enumerate(self.views):
             n = view.num_experts
@@ -161,7 +163,7 @@ class Collector:
                     counts=counts.tolist(),
                     load=load.tolist(),
                     entropy=summary.entropy[row].item(),
-                    marginal_entropy=torch.special.entr(summary.mean_probability[row]).sum().item(),
+                    marginal_entropy=of_the_mean[row].item(),
                     max_violation=summary.max_violation[row].item(),
                     dead_experts=torch.nonzero(counts == 0).flatten().tolist(),
                     active_experts=summary.active_experts[row].item(),

@@ -179,6 +179,8 @@ def load(name: str, device: str) -> tuple[Any, Any]:
     import hf_moe  # noqa: F401  makes our model types known
     from hf_moe.views import moe_layers
 
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"MODEL {name!r} is not a folder. Give the folder of a saved model, or a Hub id.")
     config = AutoConfig.from_pretrained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -6,6 +6,7 @@ import json
 import pytest
 from common.tiny_families import tiny_model
 
+from hf_moe.cli import main
 from hf_moe.reporting import command
 
 
@@ -71,9 +72,19 @@ def test_a_missing_text_is_refused(folder):
 
 
 def test_a_missing_model_is_refused(folder):
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises(OSError, match=r"MODEL .*nowhere' is not a folder"):
         inspect(folder, model="nowhere")
     assert not (folder / "report").exists()
+
+
+def test_the_shell_command_ends_with_one_sentence_and_a_code(folder, capsys):
+    (folder / "text.txt").write_text("")
+    output = folder / "report"
+    words = ["inspect", str(folder / "model"), "--text", str(folder / "text.txt"), "--output", str(output)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "text.txt' is empty" in error
+    assert not output.exists()
 
 
 def test_a_dense_model_is_refused(folder, tiny_llama):
