@@ -1,5 +1,6 @@
 """README says what is there: commands, names, versions, folders."""
 
+import base64
 import re
 import subprocess
 import sys
@@ -69,3 +70,19 @@ def test_the_ci_script_finds_the_command_and_the_extra_exists(name):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_the_ci_script_is_valid_bash():
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
+
+
+def test_the_first_snippet_runs_against_a_hub_whose_smollm2_is_tiny(
+    hub, run_python, tmp_path, tiny_llama, tiny_tokenizer_dir
+):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    environment = hub.environment(tmp_path / "home")
+    hub.create("HuggingFaceTB/SmolLM2-135M-Instruct")
+    files = [*(tmp_path / "dense").iterdir(), *tiny_tokenizer_dir.iterdir()]
+    changes = [{"path": file.name, "content": base64.b64encode(file.read_bytes())} for file in files]
+    hub.commit("HuggingFaceTB/SmolLM2-135M-Instruct", [{"key": "file", "value": value} for value in changes])
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    result = run_python(snippet, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "the same function as the dense model" in result.stdout
+    assert "model.safetensors" in hub.files("me/smollm2-moe")
