@@ -11,9 +11,10 @@ from transformers.utils import logging
 
 from .builders.base import ExpertBuilder
 from .builders.copy import Copy
+from .exactness import Exactness
 from .feed_forward import FeedForwardSite, extract_feed_forward, locate_feed_forwards
 from .plan import UpcycledLayer, UpcyclePlan, build_layer
-from .report import UpcycleReport, count_parameters, measure_gap
+from .report import MeasuredGap, UpcycleReport, count_parameters, measure_gap
 from .router_init.base import RouterInit
 from .sources import load_source, source_name
 from .statistics import LayerStatistics, calibration_batches, collect_statistics, random_batch
@@ -22,7 +23,7 @@ from .targets.choose import choose_target
 from .weight_rules import WeightRule, resolve_weight_rule
 
 
-__all__ = ["make_plan", "upcycle"]
+__all__ = ["make_plan", "make_report", "resolve_choices", "upcycle"]
 
 logger = logging.get_logger(__name__)
 
@@ -86,30 +87,15 @@ def upcycle(
     >>> print(report)
     ```
     """
-    _check_numbers(num_experts, top_k, scale, shared, seed)
-    experts = Copy() if experts is None else experts
-    if not isinstance(experts, ExpertBuilder):
-        hint = f": write {experts.__name__}(...)" if inspect.isclass(experts) else ""
-        raise TypeError(f"`experts` must be an expert builder such as Copy(), got {experts!r}{hint}.")
-    router = experts.default_router() if isinstance(router, str) and router == "auto" else router
-    if not isinstance(router, RouterInit):
-        hint = f": write {router.__name__}(...)" if inspect.isclass(router) else ""
-        raise TypeError(f"`router` must be 'auto' or a router start such as Normal(0.02), got {router!r}{hint}.")
-    rule = resolve_weight_rule(weights)
-    experts.validate(num_experts, top_k)
-    router.validate(num_experts, top_k)
-
+    choices = resolve_choices(num_experts, top_k, experts, shared, router, weights, scale, seed)
     name = source_name(model)
     model = load_source(model)
     sites = locate_feed_forwards(model, layers)
-    plan = make_plan(
-        model, sites, name, num_experts=num_experts, top_k=top_k, experts=experts, shared=shared, router=router,
-        rule=rule, scale=scale, seed=seed, overrides=config_overrides,
-    )  # fmt: skip
+    plan = make_plan(model, sites, name, overrides=config_overrides, **choices)
     writer = choose_target(target, model, plan)
     config = writer.config(model.config, plan)  # refuses wrong overrides before the long part
 
-    tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(model, calibration, router)
+    tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(model, calibration, plan.router)
     batches = None if calibration is None else calibration_batches(calibration, tokenizer)
     plan = _prepared(plan, model, sites, tokenizer)
     stats = _statistics(plan, writer, model, sites, batches)
@@ -129,20 +115,77 @@ def upcycle(
                 f"The recipe should preserve the dense model, but the {gap.output} differ by {gap.max_difference:.3g} "
                 f"(largest {gap.largest:.3g}, {gap.dtype}). Please report this with the config of the source."
             )
+    return moe, make_report(plan, writer, exactness, model, moe, done, gap)
+
+
+def resolve_choices(
+    num_experts: int,
+    top_k: int,
+    experts: ExpertBuilder | None = None,
+    shared: str | float | None = None,
+    router: RouterInit | str = "auto",
+    weights: str | WeightRule = "renormalise",
+    scale: str | float = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Checks the arguments of [`upcycle`] that need no model, and fills in their defaults.
+
+    Returns:
+        `dict`: Arguments of [`make_plan`].
+
+    Raises:
+        ValueError: what cannot work, with the argument, its value and the fix.
+        TypeError: an argument of the wrong type.
+    """
+    _check_numbers(num_experts, top_k, scale, shared, seed)
+    experts = Copy() if experts is None else experts
+    if not isinstance(experts, ExpertBuilder):
+        hint = f": write {experts.__name__}(...)" if inspect.isclass(experts) else ""
+        raise TypeError(f"`experts` must be an expert builder such as Copy(), got {experts!r}{hint}.")
+    router = experts.default_router() if isinstance(router, str) and router == "auto" else router
+    if not isinstance(router, RouterInit):
+        hint = f": write {router.__name__}(...)" if inspect.isclass(router) else ""
+        raise TypeError(f"`router` must be 'auto' or a router start such as Normal(0.02), got {router!r}{hint}.")
+    rule = resolve_weight_rule(weights)
+    experts.validate(num_experts, top_k)
+    router.validate(num_experts, top_k)
+    return {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "experts": experts,
+        "shared": shared,
+        "router": router,
+        "rule": rule,
+        "scale": scale,
+        "seed": seed,
+    }
+
+
+def make_report(
+    plan: UpcyclePlan,
+    writer: Target,
+    exactness: Exactness,
+    model: PreTrainedModel,
+    moe: PreTrainedModel,
+    done: list[UpcycledLayer],
+    gap: MeasuredGap | None,
+) -> UpcycleReport:
+    """The report of one run. Of the models only the shapes of their parameters are read."""
     parameters, num_bytes = count_parameters(moe)
-    idle = (num_experts - min(top_k, num_experts)) * plan.expert_parameters * len(sites)
-    report = UpcycleReport(
-        source=name,
+    idle = (plan.num_experts - min(plan.top_k, plan.num_experts)) * plan.expert_parameters * len(done)
+    provenance = plan.provenance(exactness)
+    return UpcycleReport(
+        source=plan.source,
         target=writer.name,
         architecture=type(moe).__name__,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
+        num_experts=plan.num_experts,
+        num_experts_per_tok=plan.top_k,
         num_layers=plan.num_layers,
         predicted_exact=exactness.exact,
         reason=exactness.reason,
         scale=exactness.scale,
-        recipe={key: moe.config.upcycling[key] for key in ("experts", "router", "shared", "weights")},
-        seed=seed,
+        recipe={key: provenance[key] for key in ("experts", "router", "shared", "weights")},
+        seed=plan.seed,
         dense_parameters=count_parameters(model)[0],
         parameters=parameters,
         active_parameters=parameters - idle,
@@ -153,7 +196,6 @@ def upcycle(
             for la in done
         ],
     )
-    return moe, report
 
 
 def make_plan(

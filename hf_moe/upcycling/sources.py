@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 
-__all__ = ["check_source", "is_adapter", "is_peft_model", "load_source", "source_name"]
+__all__ = ["check_source", "check_unquantized", "is_adapter", "is_peft_model", "load_source", "source_name"]
 
 
 def load_source(model: Any, argument: str = "model") -> PreTrainedModel:
@@ -63,13 +63,7 @@ def _load(name: str, argument: str) -> PreTrainedModel:
             "that, or use it as a source of `FromModels`."
         )
     config = AutoConfig.from_pretrained(name)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        raise ValueError(
-            f"`{argument}` = {name!r} is quantised ({_quantization_name(quantization)}), and experts cannot be made "
-            "from "
-            "packed weights; upcycle the unquantised checkpoint and quantise the result."
-        )
+    check_unquantized(config, name, argument)
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, AutoModelForCausalLM)
     try:
@@ -86,6 +80,20 @@ def _load(name: str, argument: str) -> PreTrainedModel:
             f"another shape, the first is {lacking[0]!r}. Use the checkpoint its config belongs to."
         )
     return model.eval()
+
+
+def check_unquantized(config: Any, name: str, argument: str = "model") -> None:
+    """Refuses a checkpoint whose config says that its weights are packed.
+
+    Raises:
+        ValueError: it is quantised; the message says how.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        raise ValueError(
+            f"`{argument}` = {name!r} is quantised ({_quantization_name(quantization)}), and experts cannot be made "
+            "from packed weights; upcycle the unquantised checkpoint and quantise the result."
+        )
 
 
 def is_peft_model(model: Any) -> bool:

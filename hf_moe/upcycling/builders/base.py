@@ -33,6 +33,8 @@ class ExpertBuilder:
     """
 
     needs: frozenset[str] = frozenset()
+    #: Whether `prepare` looks at weights besides those of the dense feed-forwards.
+    reads_models = False
 
     def build(
         self,

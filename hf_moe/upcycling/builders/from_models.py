@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm.auto import tqdm
@@ -47,6 +47,8 @@ class FromModels(ExpertBuilder):
     >>> moe, report = upcycle("me/base", num_experts=2, top_k=1, experts=experts, router=Prompts({...}))
     ```
     """
+
+    reads_models: ClassVar[bool] = True
 
     models: Sequence[Any]
     backbone: str = "base"
