@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "routing_report": ".reporting",
         "trainers": ".trainers",
         "upcycle": ".upcycling",
+        "upcycle_checkpoint": ".upcycling",
         "UpcycleReport": ".upcycling",
     },
 )

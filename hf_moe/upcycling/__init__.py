@@ -35,7 +35,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "extract_feed_forward": ".feed_forward",
         "list_targets": ".targets.choose",
         "locate_feed_forwards": ".feed_forward",
+        "read_mergekit": ".mergekit",
         "upcycle": ".recipe",
+        "upcycle_checkpoint": ".streaming",
         "weight_rule_of": ".weight_rules",
     },
 )

@@ -176,7 +176,11 @@ def _convert(
             for key, tensor in writer.layer_tensors(layer).items():
                 shards.add(key, tensor)
             done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
-        tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if config.tie_word_embeddings else set()
+        tied = (
+            set(getattr(model, "all_tied_weights_keys", None) or {})
+            if getattr(config, "tie_word_embeddings", False)
+            else set()
+        )
         for key in tqdm(reader.keys(), desc="Copying the rest"):
             if not writer.drops(key, names) and key not in tied:
                 shards.add(key, reader.tensor(key))

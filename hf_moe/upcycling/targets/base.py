@@ -171,7 +171,7 @@ class CheckpointTarget(Target):
         kept = plan.experts.carried(kept)
         # Loading keeps the very tensors it is given; the dense model must not share memory with the result.
         entries = {**{k: v.detach().clone() for k, v in kept.items()}, **_unshared(entries)}
-        if config.tie_word_embeddings:
+        if getattr(config, "tie_word_embeddings", False):
             entries = {k: v for k, v in entries.items() if k not in _tied_keys(model)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)  # for weights that keep their own initialisation
