@@ -99,8 +99,8 @@ def upcycle(
     batches = None if calibration is None else calibration_batches(calibration, tokenizer)
     if batches is None and (check or writer.needs) and getattr(model.config, "vocab_size", None) is None:
         raise ValueError(
-            f"{type(model).__name__} does not read tokens, so there are no random ones to try it on: pass `calibration` "
-            "(a list of model inputs), or `check=False`."
+            f"{type(model).__name__} does not read tokens, so there are no random ones to try it on: pass "
+            "`calibration` (a list of model inputs), or `check=False`."
         )
     plan = _prepared(plan, model, sites, tokenizer)
     stats = _statistics(plan, writer, model, sites, batches)

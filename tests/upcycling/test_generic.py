@@ -132,7 +132,7 @@ def test_a_vision_tower_is_upcycled_too():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     tower = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="pass `calibration`.*or `check=False`"):
+    with pytest.raises(ValueError, match=r"pass `calibration`.*or `check=False`"):
         upcycle(tower, num_experts=4, top_k=2)
     moe, report = upcycle(tower, num_experts=4, top_k=2, check=False)
     assert report.target == "generic"
@@ -141,7 +141,7 @@ def test_a_vision_tower_is_upcycled_too():
 
 
 def test_stateful_routers_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="router_type='gating_residual'.*hands state from layer to layer"):
+    with pytest.raises(ValueError, match=r"router_type='gating_residual'.*hands state from layer to layer"):
         upcycled_config_class("phi")(**SIZES, moe_modules=["layers.0.mlp"], router_type="gating_residual")
 
 
