@@ -8,6 +8,7 @@ Shapes: T tokens, N experts, K per token.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,12 +48,12 @@ class RouterLossCollector:
         self._active = False
         self._pending: list[PendingBalance] = []
         self._attention_mask: torch.Tensor | None = None
-        # One dict per balancer: position of the router -> what it returned in this pass.
-        self._outputs: list[dict[int, RouterOutput]] = [{} for _ in self.balancers]
+        # What each router returned in this pass, by balancer and position.
+        self._outputs: dict[str, dict[int, RouterOutput]] = {name: {} for name in self.balancers}
         # Hooks stay for good: adding and removing them would make a compiled model compile again in every step.
-        for outputs, (_, routers) in zip(self._outputs, self.balancers.values(), strict=True):
+        for name, (_, routers) in self.balancers.items():
             for position, router in enumerate(routers):
-                router.register_forward_hook(self._recorder(outputs, position))
+                router.register_forward_hook(partial(self._after_router, name, position))
         self.model.base_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._after_decoder)
 
@@ -74,12 +75,11 @@ class RouterLossCollector:
             self._clear()
             del self.model.adds_router_losses  # back to what its class says
 
-    def _recorder(self, outputs: dict[int, RouterOutput], position: int):
-        def hook(module: BaseRouter, _args: tuple, output: RouterOutput) -> None:
-            if self._active and module.training and torch.is_grad_enabled():
-                outputs[position] = output
-
-        return hook
+    def _after_router(
+        self, name: str, position: int, router: BaseRouter, _args: tuple, output: RouterOutput
+    ) -> None:
+        if self._active and router.training and torch.is_grad_enabled():
+            self._outputs[name][position] = output
 
     def _before_decoder(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         if self._active:
@@ -90,7 +90,8 @@ class RouterLossCollector:
     def _after_decoder(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         if not self._active:
             return
-        for outputs, (balancer, routers) in zip(self._outputs, self.balancers.values(), strict=True):
+        for name, (balancer, routers) in self.balancers.items():
+            outputs = self._outputs[name]
             if not outputs:
                 continue
             layers = [
@@ -104,6 +105,6 @@ class RouterLossCollector:
         self._clear()
 
     def _clear(self) -> None:
-        for outputs in self._outputs:
+        for outputs in self._outputs.values():
             outputs.clear()
         self._attention_mask = None

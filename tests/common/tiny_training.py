@@ -1,11 +1,24 @@
 """Tiny models of hf_moe, data and arguments for the trainer tests; no tokenizer file, no network."""
 
+import copy
+
+import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_moe import MoeLlamaConfig, MoeLlamaForCausalLM, MoePlusPlusConfig, MoePlusPlusForCausalLM
+from hf_moe.trainers import (
+    MoeDPOConfig,
+    MoeDPOTrainer,
+    MoeSFTConfig,
+    MoeSFTTrainer,
+    MoeTrainer,
+    MoeTrainingArguments,
+)
+from hf_moe.views import unwrap_model
 
 
 VOCAB = 128
@@ -117,3 +130,71 @@ def arguments(cls: type, folder, **options):
         "dataloader_pin_memory": False,
     }
     return cls(**{**defaults, **options})
+
+
+class Watch:
+    """Mixed into a Trainer class: notes the micro-batches, losses and gradients of every optimizer step."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batches: list[list[dict]] = []
+        self.losses: list[list[float]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.announced: list[int] = []
+        self.add_callback(_NoteGradients(self))
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self.batches.append([dict(batch) for batch in batches])
+        self.losses.append([])
+        return batches, num_items_in_batch
+
+    def compute_loss(self, *args, **kwargs):
+        result = super().compute_loss(*args, **kwargs)
+        if self.model.training:
+            self.losses[-1].append((result[0] if isinstance(result, tuple) else result).item())
+        return result
+
+
+class _NoteGradients(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = unwrap_model(model).named_parameters()
+        self.trainer.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        self.trainer.announced.append(unwrap_model(model).base_model.load_balancer.num_micro_batches.item())
+
+
+TRAINERS = {
+    "trainer": (MoeTrainer, MoeTrainingArguments, Trainer, TrainingArguments, token_rows),
+    "sft": (MoeSFTTrainer, MoeSFTConfig, SFTTrainer, SFTConfig, completions),
+    "dpo": (MoeDPOTrainer, MoeDPOConfig, DPOTrainer, DPOConfig, preferences),
+}
+
+
+def build(kind: str, folder, model=None, data=4, stock=False, lora=None, watch=True, trainer=None, **options):
+    """A trainer of one of the three kinds.
+
+    Args:
+        data (`int` or dataset): Rows, or how many of them to make.
+        stock (`bool`): The class of transformers or TRL instead of ours.
+        lora (`LoraConfig`, *optional*): For TRL's trainers handed on, for the others applied here.
+        trainer (`dict`, *optional*): Keyword arguments of the trainer; `options` are those of its arguments.
+    """
+    ours, config, stock_class, stock_config, dataset = TRAINERS[kind]
+    cls, config = (stock_class, stock_config) if stock else (ours, config)
+    model = tiny_moe() if model is None else model
+    kwargs = {"train_dataset": dataset(data) if isinstance(data, int) else data, **(trainer or {})}
+    if kind == "trainer":
+        model = model if lora is None else get_peft_model(model, lora)
+    else:
+        kwargs |= {"processing_class": tiny_words(), "peft_config": lora}
+    if kind == "dpo" and lora is None and isinstance(model, PreTrainedModel):
+        kwargs.setdefault("ref_model", copy.deepcopy(model))
+    cls = type(f"Watched{cls.__name__}", (Watch, cls), {}) if watch else cls
+    return cls(model, args=arguments(config, folder, **options), **kwargs)
+
+
+#: What PEFT and TRL of the tested versions call, and transformers 5.23 deprecates.
+third_party_warnings = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
