@@ -195,14 +195,19 @@ def push_to_hub(
         model.save_pretrained(folder, max_shard_size=max_shard_size, **({"code": code} if takes_code else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if card is None and not api.file_exists(repo_id, "README.md", revision=revision):
+        readme = Path(folder) / "README.md"
+        has_card = api.file_exists(repo_id, "README.md", revision=revision)
+        if card is None and has_card:
+            readme.unlink(missing_ok=True)  # PEFT writes one beside an adapter
+        elif card is None and not readme.exists():
             from .model_cards import create_model_card
 
             card = create_model_card(model, model_name=repo_id.split("/")[-1], repo_id=repo_id, tags=tags or ())
         if card is not None:
-            write_text(Path(folder) / "README.md", str(card))
+            write_text(readme, str(card))
         for file in files:
             (Path(folder) / file.name).write_bytes(file.read_bytes())
+        is_whole = any(Path(folder).glob("model*.safetensors"))  # not an adapter, which may live beside a model
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -210,7 +215,7 @@ def push_to_hub(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            delete_patterns=STALE,
+            delete_patterns=STALE if is_whole else None,
         )
 
 

@@ -209,3 +209,29 @@ print(config.model_type, config.num_experts)
 """
     assert run_python(code).stdout.split() == ["moe_llama", "4"]
     assert AutoConfig.from_pretrained(tmp_path / "saved").num_experts == 4
+
+
+def test_an_adapter_is_pushed_beside_the_model_it_belongs_to(pushed):
+    hub, run = pushed
+    before = set(hub.files("me/moe"))
+    code = """
+import hf_moe, torch
+from hf_moe.hub import push_to_hub
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/moe").eval()
+adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+push_to_hub(adapter, "me/moe")
+push_to_hub(adapter, "me/adapter")
+ids = torch.arange(5)[None]
+with torch.no_grad():
+    expected = adapter(ids).logits
+    for repo in ("me/moe", "me/adapter"):
+        loaded = AutoModelForCausalLM.from_pretrained(repo).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert set(hub.files("me/moe")) - before == {"adapter_config.json", "adapter_model.safetensors"}
+    assert before <= set(hub.files("me/moe"))
+    assert b"base_model: me/moe" in hub.files("me/adapter")["README.md"]
