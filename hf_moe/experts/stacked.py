@@ -135,7 +135,7 @@ class _EmptySlots:
         token = slot // top_k_index.shape[-1]
         index, weights = top_k_index.reshape(-1)[slot], top_k_weights.reshape(-1)[slot]
         output = forward.__func__(filled, hidden_states[token], index.unsqueeze(-1), weights.unsqueeze(-1))  # (A, D)
-        return torch.zeros_like(hidden_states).index_add(0, token, output.to(hidden_states.dtype))
+        return torch.zeros_like(hidden_states).index_add_(0, token, output.to(hidden_states.dtype))
 
 
 class _Filled:
