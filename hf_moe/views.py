@@ -4,7 +4,7 @@ Shapes: B batch, S sequence, T = B * S tokens, N experts, K per token.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = [
     "Routing",
     "RoutingRecorder",
     "in_backward",
+    "is_compiled",
     "moe_layers",
     "record_routing",
     "unwrap_model",
@@ -132,9 +133,9 @@ class MoeLayerView:
 
     name: str
     index: int
-    block: nn.Module = field(repr=False)
-    router: nn.Module = field(repr=False)
-    experts: nn.Module = field(repr=False)
+    block: Any = field(repr=False)
+    router: Any = field(repr=False)
+    experts: Any = field(repr=False)
     num_experts: int
     num_experts_per_tok: int
     rule: FamilyRule | None = None
@@ -190,17 +191,30 @@ class MoeLayerView:
         return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT, data-parallel and `torch.compile` wrappers."""
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT, data-parallel and `torch.compile` wrappers.
+
+    Args:
+        model (`nn.Module`): Wrapped or not.
+
+    Returns:
+        `PreTrainedModel`
+
+    Example:
+        ```python
+        unwrap_model(peft.get_peft_model(model, config)) is model  # True
+        ```
+    """
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayerView]:
@@ -226,9 +240,13 @@ def moe_layers(model: nn.Module) -> list[MoeLayerView]:
     """
     model = unwrap_model(model)
     views: list[MoeLayerView] = []
+    router: Any
+    block: Any
     for path, router, rule in _routers(model, "", ()):
         name, block = _owner(model, path)
-        experts = block.experts.get_base_layer() if hasattr(block.experts, "get_base_layer") else block.experts
+        experts = block.experts
+        if hasattr(experts, "get_base_layer"):  # LoRA on stacked experts wraps them
+            experts = experts.get_base_layer()
         views.append(MoeLayerView(name, len(views), block, router, experts, router.num_experts, router.top_k, rule))
     if not views:
         raise ValueError(
@@ -327,7 +345,8 @@ class RoutingRecorder:
 def record_routing(model: nn.Module, *, offload: bool = False) -> Iterator[RoutingRecorder]:
     """Records every routing decision made inside the `with` block; nests, and removes its hooks on every exit.
 
-    Calls that activation checkpointing repeats during the backward pass are not recorded a second time.
+    Calls that activation checkpointing repeats during the backward pass are not recorded a second time. A model that
+    `torch.compile` has seen runs uncompiled inside the block: its compiled code ignores hooks that came later.
 
     Args:
         model (`nn.Module`): A model accepted by [`moe_layers`].
@@ -351,10 +370,23 @@ def record_routing(model: nn.Module, *, offload: bool = False) -> Iterator[Routi
     try:
         for layer in recorder.layers:
             handles.append(layer.view.router.register_forward_hook(_recording_hook(layer, offload)))
-        yield recorder
+        with torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext():
+            yield recorder
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` was applied to the model or to a part of it.
+
+    Args:
+        model (`nn.Module`): Any model.
+
+    Returns:
+        `bool`
+    """
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _recording_hook(layer: LayerRecord, offload: bool):

@@ -229,6 +229,19 @@ def test_recording_does_not_change_outputs(generator):
     assert torch.equal(plain, recorded)
 
 
+def test_a_compiled_model_is_recorded_too(generator):
+    # Code compiled before the hooks were there does not call them.
+    model, input_ids = tiny_model("mixtral", num_hidden_layers=1), random_ids(generator)
+    with torch.no_grad():
+        with record_routing(model) as eager:
+            model(input_ids=input_ids, use_cache=False)
+        compiled = torch.compile(model, backend="eager")
+        compiled(input_ids=input_ids, use_cache=False)
+        with record_routing(compiled) as recorder:
+            compiled(input_ids=input_ids, use_cache=False)
+    assert torch.equal(recorder.layers[0].top_k_index[0], eager.layers[0].top_k_index[0])
+
+
 def test_recomputation_under_gradient_checkpointing_is_not_recorded(generator):
     model = tiny_model("mixtral").train()
     model.activation_checkpointing_enable({"use_reentrant": False})

@@ -3,6 +3,9 @@
 Shapes: B batch, S sequence, V vocabulary.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from transformers import EvalPrediction
 
@@ -60,6 +63,6 @@ def causal_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
         ).evaluate()["eval_perplexity"]
         ```
     """
-    losses, num_tokens = prediction.predictions.T
-    result = Perplexity().compute(losses=losses, num_tokens=num_tokens.astype("int64"))
+    losses, num_tokens = np.asarray(prediction.predictions).T
+    result: Any = Perplexity().compute(losses=losses, num_tokens=num_tokens.astype("int64"))
     return {"perplexity": result["perplexity"], "nll": result["nll"]}

@@ -73,7 +73,7 @@ class ExpertLoadCallback(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         self._close()  # of a run that ended in an exception
         self.recorder = TrainingRecorder(model)
 

@@ -75,8 +75,8 @@ def routing_report(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     inner = unwrap_model(model)
-    embedding = inner.get_input_embeddings()
-    check_tokenizer(tokenizer, embedding.weight.shape[0])
+    embedding: Any = inner.get_input_embeddings().weight  # (V, D)
+    check_tokenizer(tokenizer, embedding.shape[0])
     trunk = inner.base_model  # without the head, whose logits nobody looks at
     if max_length is None:
         longest = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
@@ -91,9 +91,9 @@ def routing_report(
             record_routing(inner, offload=True) as recorder,
             logging.tqdm(total=max_tokens, unit="token", desc="Routing", disable=not show_progress) as bar,
         ):
-            collector = Collector(recorder, vocabulary=embedding.weight.shape[0])
+            collector = Collector(recorder, vocabulary=embedding.shape[0])
             for input_ids, attention_mask in batches:
-                device = embedding.weight.device
+                device = embedding.device
                 trunk(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
                 collector.take(input_ids.flatten(), attention_mask.flatten().bool())
                 bar.update(int(attention_mask.sum()))

@@ -190,6 +190,7 @@ def load(name: str, device: str) -> tuple[Any, Any]:
             "folder with `tokenizer.save_pretrained`."
         ) from error
     auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-    model = auto_class.from_pretrained(name, dtype="auto").to(device).eval()
+    model: Any = auto_class.from_pretrained(name, dtype="auto").eval()
+    model.to(device)
     moe_layers(model)  # before the text is read: a dense model has nothing to show
     return model, tokenizer

@@ -1,6 +1,6 @@
 """A routing report as a Markdown page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,11 +47,11 @@ def render_markdown(report: "RoutingReport", plots: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(rows: list[dict[str, str | int]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, str | int]]) -> str:
     """Rows with the same keys as a Markdown table.
 
     Args:
-        rows (`list[dict]`): Column name to value; at least one row.
+        rows (`Sequence[Mapping]`): Column name to value; at least one row.
 
     Returns:
         `str`: Markdown.

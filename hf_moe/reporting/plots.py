@@ -184,10 +184,9 @@ def draw_coactivation(report: "RoutingReport") -> "Figure | None":
     figure = Figure(figsize=(max(3.4 * columns + 0.9, 6.5), 3.2 * rows + 0.8), dpi=DPI, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=MAX_RATIO)
-    image = None
     for axes, layer in zip(panels, shown, strict=False):
         ratio = relative_coactivation(np.array(layer.coactivation))
-        image = axes.imshow(ratio, cmap="RdBu_r", norm=norm, interpolation="nearest")
+        axes.imshow(ratio, cmap="RdBu_r", norm=norm, interpolation="nearest")
         axes.set_facecolor("darkgray")
         axes.set_title(layer.name, fontsize=9)
         ticks, labels = _ticks(layer.expert_labels, limit=12 if layer.num_experts <= 100 else 8)
@@ -198,7 +197,11 @@ def draw_coactivation(report: "RoutingReport") -> "Figure | None":
     for axes in panels[len(shown) :]:
         axes.set_axis_off()
     bar = figure.colorbar(
-        image, ax=list(panels), label="tokens shared / expected from the loads (1 = chance)", shrink=0.9, extend="max"
+        panels[0].images[0],
+        ax=list(panels),
+        label="tokens shared / expected from the loads (1 = chance)",
+        shrink=0.9,
+        extend="max",
     )
     bar.ax.axhline(1.0, color="black", linewidth=1.2)
     note = "" if len(shown) == len(report.layers) else f", {len(shown)} of {len(report.layers)} layers"
