@@ -79,11 +79,17 @@ class MoeBlock(nn.Module):
         Zero-computation experts have the indices from N on; to the feed-forward experts these slots are empty.
         """
         expert_input = tokens * index.shape[-1] if self.scale_expert_input else tokens
+        ffn_index, ffn_weights = index, weights
+        if self.zero_experts is not None:
+            ffn_index = index.clamp(max=self.num_experts)
+            ffn_weights = weights.masked_fill(index >= self.num_experts, 0.0)
+        if self.experts.num_experts != self.num_experts:
+            # Expert parallel: the exchange of tokens knows no empty slots, so they visit some expert, with weight 0.
+            visited = torch.arange(index.shape[0], device=index.device).unsqueeze(-1) % self.num_experts
+            ffn_index = torch.where(ffn_index < self.num_experts, ffn_index, visited)
+        output = self.experts(expert_input, ffn_index, ffn_weights)
         if self.zero_experts is None:
-            return self.experts(expert_input, index, weights)
-        is_ffn = index < self.num_experts
-        ffn_index = index.clamp(max=self.num_experts)
-        output = self.experts(expert_input, ffn_index, weights.masked_fill(~is_ffn, 0.0))
+            return output
         # w_zc = scatter(weights, index)[:, N:]; the last column collects slots that are empty altogether.
         columns = self.num_experts + self.zero_experts.num_experts + 1
         dense = weights.new_zeros(index.shape[0], columns).scatter_add(-1, index, weights)  # (T, N + Z + 1)

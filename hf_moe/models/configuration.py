@@ -8,24 +8,6 @@ from hf_moe.registration import load_modeling
 
 __all__ = ["MoeConfigMixin", "parse_moe_layers"]
 
-# Expert-parallel and tensor-parallel plan entries of a block at `layers.*.mlp`.
-EXPERT_TP_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
-    "layers.*.mlp.shared_experts.gate_proj": "colwise",
-    "layers.*.mlp.shared_experts.up_proj": "colwise",
-    "layers.*.mlp.shared_experts.down_proj": "rowwise",
-    "layers.*.mlp.residual_expert.gate_proj": "colwise",
-    "layers.*.mlp.residual_expert.up_proj": "colwise",
-    "layers.*.mlp.residual_expert.down_proj": "rowwise",
-}
-EXPERT_EP_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-    "layers.*.mlp.experts.down_proj": "grouped_gemm",
-    "layers.*.mlp.experts": "ep_dispatch_experts",
-}
-
 
 def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int) -> list[int]:
     """Which decoder layers are MoE layers.
@@ -129,6 +111,9 @@ class MoeConfigMixin:
     # TRL reads `config.auto_map` of every model it loads by path; the Hub shim fills it.
     auto_map: dict[str, str] = field(default_factory=dict)
 
+    #: Where a decoder layer keeps its block, with `*` for the layer; parallel plans are written with it.
+    moe_block_path = "layers.*.mlp"
+
     def __post_init__(self, **kwargs):
         load_modeling(type(self))
         super().__post_init__(**kwargs)
@@ -185,6 +170,47 @@ class MoeConfigMixin:
     def moe_layer_indices(self) -> list[int]:
         """Indices of the MoE layers, sorted."""
         return parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+
+    # -- parallel plans, read by `from_pretrained(..., distributed_config=...)` -------------------------------------
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """Tensor-parallel plan: the dense model's, with the blocks this config has in place of its feed-forwards.
+
+        Experts with biases stay whole: transformers has no style that shards them (`ep_size` splits them by expert).
+        """
+        dense_plan = super().base_model_tp_plan
+        if not dense_plan:
+            return None
+        path, plan = self.moe_block_path, dict(dense_plan)
+        if len(self.moe_layer_indices) == self.num_hidden_layers:
+            plan = {name: style for name, style in plan.items() if not name.startswith(f"{path}.")}
+        bank = self._expert_bank
+        if not bank.biased:
+            up = {"gate_up_proj": "packed_colwise"} if bank.gated else {"up_proj": "colwise"}
+            for name, style in {**up, "down_proj": "rowwise"}.items():
+                plan[f"{path}.experts.{name}"] = style
+            plan[f"{path}.experts"] = "moe_tp_experts"
+        branches = {"shared_experts": self.num_shared_experts, "residual_expert": self.residual_expert}
+        for branch in (name for name, present in branches.items() if present):
+            for name in ("gate_proj", "up_proj") if bank.gated else ("up_proj",):
+                plan[f"{path}.{branch}.{name}"] = "colwise"
+            plan[f"{path}.{branch}.down_proj"] = "rowwise"
+        return plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert-parallel plan: each rank keeps some of the experts, whole."""
+        names = ["gate_up_proj" if self._expert_bank.gated else "up_proj", "down_proj"]
+        if self._expert_bank.biased:
+            names += [f"{name}_bias" for name in names]
+        plan = {f"{self.moe_block_path}.experts.{name}": "grouped_gemm" for name in names}
+        return {**plan, f"{self.moe_block_path}.experts": "ep_dispatch_experts"}
+
+    @property
+    def _expert_bank(self) -> type:
+        from hf_moe.experts.registry import experts_class
+
+        return experts_class(self.expert_type)
 
     def validate_architecture(self):
         """Cross-field rules, checked when the config is constructed and saved.

@@ -27,13 +27,7 @@ class MoeGPT2Config(MoeConfigMixin, GPT2Config):
 
     model_type = "moe_gpt2"
     attribute_map = {**GPT2Config.attribute_map, "num_local_experts": "num_experts"}
-    base_model_ep_plan = {
-        "h.*.mlp.experts.up_proj": "grouped_gemm",
-        "h.*.mlp.experts.up_proj_bias": "grouped_gemm",
-        "h.*.mlp.experts.down_proj": "grouped_gemm",
-        "h.*.mlp.experts.down_proj_bias": "grouped_gemm",
-        "h.*.mlp.experts": "ep_dispatch_experts",
-    }
+    moe_block_path = "h.*.mlp"
 
     @property
     def default_expert_type(self) -> str:

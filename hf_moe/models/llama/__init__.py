@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from hf_moe.models.backbone import declare_backbone
-from hf_moe.models.configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+from hf_moe.models.configuration import MoeConfigMixin
 
 
 __all__ = ["MoeLlamaConfig"]
@@ -25,8 +25,6 @@ class MoeLlamaConfig(MoeConfigMixin, LlamaConfig):
 
     model_type = "moe_llama"
     attribute_map = {"num_local_experts": "num_experts"}
-    base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **EXPERT_TP_PLAN}
-    base_model_ep_plan = EXPERT_EP_PLAN
 
 
 __getattr__ = declare_backbone(__name__, MoeLlamaConfig, "transformers.models.llama.modeling_llama", "Llama")

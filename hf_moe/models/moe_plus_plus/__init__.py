@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from hf_moe.models.backbone import declare_backbone
-from hf_moe.models.configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+from hf_moe.models.configuration import MoeConfigMixin
 
 
 __all__ = ["MoePlusPlusConfig"]
@@ -33,8 +33,6 @@ class MoePlusPlusConfig(MoeConfigMixin, LlamaConfig):
 
     model_type = "moe_plus_plus"
     attribute_map = {"num_local_experts": "num_experts"}
-    base_model_tp_plan = {**LlamaConfig.base_model_tp_plan, **EXPERT_TP_PLAN}
-    base_model_ep_plan = EXPERT_EP_PLAN
 
     vocab_size: int = 65536
     hidden_size: int = 768

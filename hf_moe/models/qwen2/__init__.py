@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
 from hf_moe.models.backbone import declare_backbone
-from hf_moe.models.configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+from hf_moe.models.configuration import MoeConfigMixin
 
 
 __all__ = ["MoeQwen2Config"]
@@ -24,8 +24,6 @@ class MoeQwen2Config(MoeConfigMixin, Qwen2Config):
 
     model_type = "moe_qwen2"
     attribute_map = {"num_local_experts": "num_experts"}
-    base_model_tp_plan = {**Qwen2Config.base_model_tp_plan, **EXPERT_TP_PLAN}
-    base_model_ep_plan = EXPERT_EP_PLAN
 
 
 __getattr__ = declare_backbone(__name__, MoeQwen2Config, "transformers.models.qwen2.modeling_qwen2", "Qwen2")

@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from hf_moe.models.backbone import declare_backbone
-from hf_moe.models.configuration import EXPERT_EP_PLAN, EXPERT_TP_PLAN, MoeConfigMixin
+from hf_moe.models.configuration import MoeConfigMixin
 
 
 __all__ = ["MoeQwen3Config"]
@@ -24,8 +24,6 @@ class MoeQwen3Config(MoeConfigMixin, Qwen3Config):
 
     model_type = "moe_qwen3"
     attribute_map = {"num_local_experts": "num_experts"}
-    base_model_tp_plan = {**Qwen3Config.base_model_tp_plan, **EXPERT_TP_PLAN}
-    base_model_ep_plan = EXPERT_EP_PLAN
 
 
 __getattr__ = declare_backbone(__name__, MoeQwen3Config, "transformers.models.qwen3.modeling_qwen3", "Qwen3")
