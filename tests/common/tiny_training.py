@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, Trai
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_moe import MoeLlamaConfig, MoeLlamaForCausalLM, MoePlusPlusConfig, MoePlusPlusForCausalLM
+from hf_moe.routing.discovery import find_balancers
 from hf_moe.trainers import (
     MoeDPOConfig,
     MoeDPOTrainer,
@@ -161,9 +162,11 @@ class _NoteGradients(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = unwrap_model(model).named_parameters()
+        model = unwrap_model(model)
+        named = model.named_parameters()
         self.trainer.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        self.trainer.announced.append(unwrap_model(model).base_model.load_balancer.num_micro_batches.item())
+        for balancer, _ in find_balancers(model).values():
+            self.trainer.announced.append(balancer.num_micro_batches.item())
 
 
 TRAINERS = {
@@ -197,4 +200,6 @@ def build(kind: str, folder, model=None, data=4, stock=False, lora=None, watch=T
 
 
 #: What PEFT and TRL of the tested versions call, and transformers 5.23 deprecates.
-third_party_warnings = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+third_party_warnings = pytest.mark.filterwarnings(
+    "ignore:`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated:FutureWarning"
+)

@@ -124,7 +124,9 @@ def test_a_model_made_anew_for_every_run_is_trained(tmp_path):
     trainer.train()
     assert len(made) == 3 and made[-1].base_model.load_balancer.mode == "running"
     assert made[-1].base_model.load_balancer.previous_num_tokens > 0
-    aux_losses = [[log["aux_loss"] for log in history if "loss" in log] for history in (first, trainer.state.log_history)]
+    aux_losses = [
+        [log["aux_loss"] for log in history if "loss" in log] for history in (first, trainer.state.log_history)
+    ]
     assert aux_losses[0] == aux_losses[1]
 
 
@@ -164,7 +166,7 @@ def test_bad_arguments_are_refused(options, message, tmp_path):
 
 
 def test_a_model_without_balancer_is_refused(tmp_path, tiny_llama):
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no `LoadBalancer`.*stock trainer"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no `LoadBalancer`.*stock trainer"):
         build("trainer", tmp_path, tiny_llama)
 
 
