@@ -39,6 +39,11 @@ class FamilyRule(NamedTuple):
         router_logits (`int`, defaults to 0): Position of the logits in the tuple the router returns.
         top_k_weights (`int`, defaults to 1): Position of the mixing weights.
         top_k_index (`int`, defaults to 2): Position of the chosen experts.
+
+    Example:
+        ```python
+        FAMILY_RULES["MyTopKRouter"] = FamilyRule(score="sigmoid", router_logits=2, top_k_weights=0, top_k_index=1)
+        ```
     """
 
     score: str
@@ -129,6 +134,13 @@ class MoeLayerView:
         num_experts (`int`): N.
         num_experts_per_tok (`int`): K.
         rule ([`FamilyRule`], *optional*): How to read the router's output; `None` for our own routers.
+
+    Example:
+        ```python
+        view = moe_layers(model)[0]
+        routing = view.read(view.router(hidden_states))
+        view.probabilities(routing.router_logits)  # (T, N)
+        ```
     """
 
     name: str

@@ -30,6 +30,11 @@ def summarize_assignments(top_k_index, num_experts: int | None) -> RoutingSummar
 
     Raises:
         ValueError: `num_experts` is missing or smaller than an index.
+
+    Example:
+        ```python
+        summarize_assignments([[0, 1], [0, 2]], num_experts=4).max_violation  # tensor([1.])
+        ```
     """
     if num_experts is None:
         raise ValueError(
@@ -59,6 +64,11 @@ def summarize_probabilities(probabilities) -> RoutingSummary:
 
     Raises:
         ValueError: rows are not distributions.
+
+    Example:
+        ```python
+        summarize_probabilities([[0.5, 0.5], [1.0, 0.0]]).entropy  # tensor([0.3466]), half of ln 2
+        ```
     """
     stats = RouterStats()
     for rows in _chunks(probabilities, torch.float64):  # (T, L, N)

@@ -29,6 +29,11 @@ def keep_token_losses(logits: torch.Tensor | tuple, labels: torch.Tensor) -> tor
 
     Raises:
         ValueError: no output is shaped like the logits of these labels.
+
+    Example:
+        ```python
+        keep_token_losses(model(**batch).logits, batch["labels"])
+        ```
     """
     outputs = logits if isinstance(logits, (tuple, list)) else (logits,)
     for output in outputs:

@@ -107,6 +107,15 @@ class TrainingRecorder:
 
     Args:
         model (`nn.Module`): Accepted by [`~hf_moe.moe_layers`].
+
+    Example:
+        ```python
+        recorder = TrainingRecorder(model)  # for a training loop without a Trainer
+        for batch in loader:
+            train_step(model, batch)
+        logger.info(recorder.drain())
+        recorder.close()
+        ```
     """
 
     def __init__(self, model: nn.Module):

@@ -24,6 +24,11 @@ class TokenExample(NamedTuple):
         token_id (`int`): Its id.
         count (`int`): How often the expert received it.
         share (`float`): `count` / occurrences of the token.
+
+    Example:
+        ```python
+        report.layers[0].examples[3][0].text  # what expert 3 of the first MoE layer is most for
+        ```
     """
 
     text: str
@@ -51,6 +56,11 @@ class LayerReport:
         active_computing_experts (`float`): The same without zero-computation experts.
         coactivation (`list[list[int]]`): `[i][j]`: tokens that both experts processed.
         examples (`list[list[TokenExample]]`): Typical tokens of each expert.
+
+    Example:
+        ```python
+        max(report.layers, key=lambda layer: layer.max_violation).name  # the least balanced layer
+        ```
     """
 
     name: str
