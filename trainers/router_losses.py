@@ -75,9 +75,7 @@ class RouterLossCollector:
             self._clear()
             del self.model.adds_router_losses  # back to what its class says
 
-    def _after_router(
-        self, name: str, position: int, router: BaseRouter, _args: tuple, output: RouterOutput
-    ) -> None:
+    def _after_router(self, name: str, position: int, router: BaseRouter, _args: tuple, output: RouterOutput) -> None:
         if self._active and router.training and torch.is_grad_enabled():
             self._outputs[name][position] = output
 

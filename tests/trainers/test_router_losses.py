@@ -44,9 +44,7 @@ def routing_by_hand(model, batch):
 def losses_by_hand(layers, counts=None):
     """Balance loss and z-loss, means over layers; `counts` are those of the layers unless given."""
     counts = [layer.counts for layer in layers] if counts is None else counts
-    values = [
-        len(c) * (layer.eta * c / c.sum() * layer.mean).sum() for layer, c in zip(layers, counts, strict=True)
-    ]
+    values = [len(c) * (layer.eta * c / c.sum() * layer.mean).sum() for layer, c in zip(layers, counts, strict=True)]
     return float(sum(values) / len(values)), float(sum(layer.z for layer in layers) / len(layers))
 
 
@@ -86,9 +84,7 @@ def test_loss_is_task_loss_plus_each_router_loss_once(kind, family, lora, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_weigh_as_their_tokens_and_count_together(kind, tmp_path):
-    trainer = build(
-        kind, tmp_path, data=6, learning_rate=0.0, gradient_accumulation_steps=3, balance_mode="rank"
-    )
+    trainer = build(kind, tmp_path, data=6, learning_rate=0.0, gradient_accumulation_steps=3, balance_mode="rank")
     trainer.train()
     batches, losses = trainer.batches[0], trainer.losses[0]
     routed = [routing_by_hand(trainer.model, batch) for batch in batches]

@@ -16,7 +16,9 @@ pytestmark = third_party_warnings
 @pytest.mark.parametrize("kind", ["trainer", "sft", "dpo"])
 def test_stock_trainers_train(kind, family, lora, tmp_path):
     adapter = expert_lora() if lora else None
-    trainer = build(kind, tmp_path, tiny_moe(family), stock=True, lora=adapter, max_steps=8, data=2, learning_rate=0.02)
+    trainer = build(
+        kind, tmp_path, tiny_moe(family), stock=True, lora=adapter, max_steps=8, data=2, learning_rate=0.02
+    )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]

@@ -1,0 +1,88 @@
+"""Run by `trainers/test_distributed_training.py` in two processes: trains tiny models, saves what each rank ends with."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from common.tiny_training import build, expert_lora, tiny_moe, token_rows
+from hf_moe.views import unwrap_model
+
+
+# name -> kind of trainer, model family, LoRA, options
+CASES = {
+    "trainer-running": ("trainer", "moe_llama", False, {"balance_mode": "running"}),
+    "trainer-lagged": ("trainer", "moe_plus_plus", False, {"balance_mode": "lagged"}),
+    "trainer-blend-mean-of-means": (
+        "trainer",
+        "moe_llama",
+        False,
+        {"balance_mode": "blend", "average_tokens_across_devices": False},
+    ),
+    "sft-running": ("sft", "moe_plus_plus", False, {"balance_mode": "running"}),
+    "sft-lagged-lora": ("sft", "moe_llama", True, {"balance_mode": "lagged", "activation_checkpointing": True}),
+    "dpo-lagged-lora": ("dpo", "moe_llama", True, {"balance_mode": "lagged"}),
+}
+
+
+def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Three steps of two micro-batches; where `lagged` does not forbid it, the last one is an epoch's last, with one.
+
+    Returns:
+        `tuple`: Weights and balance buffers by name; the logs of the steps.
+    """
+    kind, family, lora, options = CASES[name]
+    # Capacity is per micro-batch, so it would depend on its size.
+    config = {"router_z_loss_coef": 0.01, "expert_capacity_factor": None, "router_aux_loss_coef": 1.0}
+    if not lora and family == "moe_llama":
+        config |= {"router_type": "sigmoid_topk", "router_bias_update_speed": 0.01}
+    adapter = expert_lora(target_modules=["q_proj"], init_lora_weights=False) if lora else None
+    model = tiny_moe(family, **config)
+    data = 20
+    if options["balance_mode"] == "lagged":
+        # Without a previous step, and where one micro-batch on one rank is the step, `lagged` uses its own counts.
+        data = 24
+        balancer = model.base_model.load_balancer
+        balancer.previous_counts.copy_(torch.arange(balancer.counts.numel()).view_as(balancer.counts))
+        balancer.previous_num_tokens.fill_(1)
+    elif "average_tokens_across_devices" in options:
+        # Means over ranks of means are the mean where every row has as many labels.
+        data = token_rows(20, pad=False)
+    torch.manual_seed(0)
+    trainer = build(
+        kind,
+        folder,
+        model,
+        data=data,
+        lora=adapter,
+        watch=False,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        optim="sgd",
+        learning_rate=0.1,
+        **options,
+    )
+    trainer.train()
+    model = unwrap_model(trainer.model)
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    state |= {name: tensor.clone() for name, tensor in model.named_buffers()}
+    return state, [log for log in trainer.state.log_history if "loss" in log]
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    logs = {"world_size": dist.get_world_size()}
+    for name in CASES:
+        state, logs[name] = train(name, folder / name, batch_size=2)
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}-{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(logs))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
