@@ -256,6 +256,8 @@ class LoadBalancer(nn.Module):
             if work is not None:
                 work.wait()
             counts, num_tokens = payload[:-1].view_as(self.counts), payload[-1]
+            self.counts.copy_(counts)  # between steps, every buffer is the same on every rank
+            self.num_tokens.copy_(num_tokens)
             self._reduction = None
         # A step in which nothing was counted (loss computed elsewhere) says nothing about the data.
         seen = num_tokens > 0
