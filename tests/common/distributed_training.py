@@ -1,4 +1,4 @@
-"""Run by `trainers/test_distributed_training.py` in two processes: trains tiny models, saves what each rank ends with."""
+"""Run by `trainers/test_distributed_training.py` in two processes: trains tiny models, saves how each rank ends."""
 
 import json
 import sys
