@@ -10,6 +10,7 @@ from typing import Any
 from hf_moe.corpora import Corpus, load_corpus, load_text_file
 
 from .arguments import check_arguments
+from .interrupt import Interrupts, noticing_interrupts
 from .output import output_folder
 
 
@@ -42,13 +43,14 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter(), time.process_time()
     check_arguments(args)
     domain = args.domain or "reference"
-    with output_folder(args.output, overwrite=args.overwrite) as folder:
+    with noticing_interrupts() as interrupts, output_folder(args.output, overwrite=args.overwrite) as folder:
         corpus = load_text_file(args.text) if args.text is not None else load_corpus(domain)
-        results = tell_story(args, corpus, folder)
+        results = tell_story(args, corpus, folder, interrupts)
         results["seconds"] = round(time.perf_counter() - started[0], 1)
         results["cpu_seconds"] = round(time.process_time() - started[1], 1)
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         (folder / "results.json").write_text(text, encoding="utf-8")
+        interrupts.check()
     say(f"\nDone in {results['seconds']:.0f} s ({results['cpu_seconds']:.0f} s of CPU time). Look at:")
     output = Path(args.output)
     for path in (output / "model" / "README.md", output / "report" / "report.md", output / "results.json"):
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[str, Any]:
+def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path, interrupts: Interrupts) -> dict[str, Any]:
     """Everything between the check of the options and the results file."""
     heading(1, "Dense model")
     import torch
@@ -82,18 +84,19 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
     perplexity = {"dense": held_out_perplexity(dense, held_out, "Perplexity, dense")}
     say(f"Held-out perplexity, dense model: {perplexity['dense']:.3f}")
 
-    heading(2, f"Upcycling to MoE++: {args.experts} experts, top-{args.top_k}, {len(layers)} layers")
+    interrupts.check()
+    target, settings = choose_target(dense.config)
+    heading(2, f"Upcycling: {args.experts} experts, top-{args.top_k}, {len(layers)} layers, target {target}")
     moe, report = hf_moe.upcycle(
         dense,
         num_experts=args.experts,
         top_k=args.top_k,
         layers=layers,
-        target="moe_plus_plus",
+        target=target,
         seed=args.seed,
         # Where the zero-computation experts' biases start depends on what the routers see.
         calibration=[train[:4]],
-        # Capacity is counted for balanced experts; at the start nearly every token goes to a feed-forward expert.
-        expert_capacity_factor=None,
+        **settings,
     )
     del dense
     check_space(moe, folder)
@@ -101,6 +104,7 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
     perplexity["before"] = held_out_perplexity(moe, held_out, "Perplexity, before training")
     say(f"Held-out perplexity before training: {perplexity['before']:.3f}")
 
+    interrupts.check()
     heading(3, f"Fine-tuning the MoE blocks: {args.steps} steps of {args.batch_size} x {args.sequence_length} tokens")
     training = fine_tune(
         moe,
@@ -109,10 +113,12 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        interrupts=interrupts,
     )
     perplexity["after"] = held_out_perplexity(moe, held_out, "Perplexity, after training")
     say("Held-out perplexity: " + ", ".join(f"{when} {value:.3f}" for when, value in perplexity.items()))
 
+    interrupts.check()
     heading(4, "Routing report and model card")
     routing = write_report(moe, tokenizer, held_out, folder)
     model_folder = folder / "model"
@@ -120,6 +126,7 @@ def tell_story(args: argparse.Namespace, corpus: Corpus, folder: Path) -> dict[s
     tokenizer.save_pretrained(model_folder)
     write_card(args, name, moe, report, routing, training, perplexity, corpus, folder)
 
+    interrupts.check()
     heading(5, "Reloading through AutoModelForCausalLM")
     reloaded, difference = reload(model_folder, moe, held_out[:1])
     say(f"Largest difference of the logits: {difference:.3g}")
@@ -167,6 +174,23 @@ def spread(wanted: int, available: int) -> list[int]:
     return [(index + 1) * available // wanted - 1 for index in range(wanted)]
 
 
+def choose_target(config: Any) -> tuple[str, dict[str, Any]]:
+    """MoE++ where the dense model is of a kind it is made from, else whatever fits; and the settings that go with it.
+
+    Args:
+        config (`PreTrainedConfig`): Of the dense model.
+
+    Returns:
+        `tuple[str, dict]`: `target` of [`upcycle`], and fields of the result's config.
+    """
+    from hf_moe.upcycling.targets.backbone import MoePlusPlusTarget
+
+    if config.model_type in MoePlusPlusTarget().source_types and getattr(config, "sliding_window", None) is None:
+        # Capacity is counted for balanced experts; at the start nearly every token goes to a feed-forward expert.
+        return "moe_plus_plus", {"expert_capacity_factor": None}
+    return "auto", {}
+
+
 def check_space(model: Any, folder: Path) -> None:
     """Refuse to start training what cannot be saved afterwards."""
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -185,7 +209,7 @@ def write_report(model: Any, tokenizer: Any, blocks: Any, folder: Path) -> Any:
 
     texts = [tokenizer.decode(block) for block in blocks]
     report = routing_report(
-        model, tokenizer, texts, max_length=blocks.shape[1], model_name="MoE++ quickstart", show_progress=True
+        model, tokenizer, texts, max_length=blocks.shape[1], model_name="hf-moe quickstart", show_progress=True
     )
     report.save(folder / "report")
     say(markdown_table(report.table()))
@@ -224,7 +248,7 @@ def write_card(
         },
         figures=figures,
         license="apache-2.0" if name == DEFAULT_MODEL else None,
-        model_name="MoE++ quickstart",
+        model_name="hf-moe quickstart",
     )
     card.save(folder / "model" / "README.md")
 

@@ -4,16 +4,38 @@ import tempfile
 import time
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from .data import TokenBlocks
+from .interrupt import Interrupts
 
 
-__all__ = ["fine_tune"]
+__all__ = ["InterruptsCallback", "fine_tune"]
+
+
+class InterruptsCallback(TrainerCallback):
+    """Asks after every optimizer step.
+
+    Args:
+        interrupts ([`Interrupts`]): What to ask.
+    """
+
+    def __init__(self, interrupts: Interrupts):
+        self.interrupts = interrupts
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.interrupts.check()
 
 
 def fine_tune(
-    model: PreTrainedModel, blocks: torch.Tensor, *, steps: int, batch_size: int, learning_rate: float, seed: int
+    model: PreTrainedModel,
+    blocks: torch.Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    interrupts: Interrupts | None = None,
 ) -> dict:
     """Train the MoE blocks; attention, norms and embeddings stay those of the dense model.
 
@@ -26,6 +48,7 @@ def fine_tune(
         batch_size (`int`): Blocks per step.
         learning_rate (`float`): Peak, after a tenth of the steps; then a cosine down to 0.
         seed (`int`): Order of the blocks.
+        interrupts ([`Interrupts`], *optional*): Asked after every step.
 
     Returns:
         `dict`: Settings, first and last logged loss, seconds.
@@ -51,7 +74,8 @@ def fine_tune(
             seed=seed,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        trainer = Trainer(model, arguments, train_dataset=TokenBlocks(blocks))
+        callbacks = [InterruptsCallback(interrupts)] if interrupts is not None else []
+        trainer = Trainer(model, arguments, train_dataset=TokenBlocks(blocks), callbacks=callbacks)
         ExpertLoadCallback().attach(trainer)
         start = time.perf_counter()
         trainer.train()

@@ -1,42 +1,45 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_moe.cli import main
 from hf_moe.quickstart import command
 
 
-def test_a_run_leaves_model_report_card_and_results(small, tmp_path, capsys):
-    assert main(small) == 0
-    out = tmp_path / "out"
-    assert sorted(os.listdir(out)) == ["model", "report", "results.json"]
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(out / "model"))
-    assert {"report.md", "report.json", "expert_load.png"} <= set(os.listdir(out / "report"))
-    assert "expert_load.png" in os.listdir(out / "model")
-    results = json.loads((out / "results.json").read_text())
+def read_results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_a_run_leaves_model_report_card_and_results(finished):
+    output, code = finished
+    assert code == 0
+    assert sorted(os.listdir(output)) == ["model", "report", "results.json"]
+    model_files = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "expert_load.png"}
+    assert model_files <= set(os.listdir(output / "model"))
+    assert {"report.md", "report.json", "expert_load.png"} <= set(os.listdir(output / "report"))
+
+
+def test_the_results_say_what_was_measured(finished):
+    results = read_results(finished[0])
     assert set(results["perplexity"]) == {"dense", "before", "after"}
     assert all(1 < value < 1000 for value in results["perplexity"].values())
     assert results["reload_max_logit_difference"] <= 1e-6
     assert results["layers"] == [1]
     assert math.isfinite(results["training"]["last_loss"])
     assert results["below_dense"] == (results["perplexity"]["after"] < results["perplexity"]["dense"])
-    printed = capsys.readouterr().out
-    assert "Held-out perplexity" in printed
-    assert str(out / "model") in printed
 
 
-def test_the_saved_model_is_a_moe_plus_plus_model_that_generates(small, tmp_path):
-    assert main(small) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+def test_the_saved_model_is_a_moe_plus_plus_model_that_generates(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished[0] / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished[0] / "model")
     assert model.config.model_type == "moe_plus_plus"
     assert model.config.moe_layer_indices == [1]
     inputs = tokenizer("The river", return_tensors="pt")
@@ -44,19 +47,44 @@ def test_the_saved_model_is_a_moe_plus_plus_model_that_generates(small, tmp_path
     assert output.shape[1] > inputs.input_ids.shape[1]
 
 
-def test_the_start_is_close_to_the_dense_model(small, tmp_path):
-    assert main(small) == 0
-    perplexity = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+def test_the_start_is_close_to_the_dense_model(finished):
+    perplexity = read_results(finished[0])["perplexity"]
     assert perplexity["before"] == pytest.approx(perplexity["dense"], rel=0.01)
 
 
-def test_training_changes_only_the_moe_blocks(small, tmp_path, tiny_llama):
-    assert main(small) == 0
-    state = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
-    changed = [n for n, w in tiny_llama.state_dict().items() if n in state and not torch.equal(w, state[n])]
-    assert changed == []
+def test_training_changes_only_the_moe_blocks(finished, dense_dir):
+    state = AutoModelForCausalLM.from_pretrained(finished[0] / "model").state_dict()
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir).state_dict()
+    assert [n for n, w in dense.items() if n in state and not torch.equal(w, state[n])] == []
     experts = state["model.layers.1.mlp.experts.down_proj"]
     assert not torch.equal(experts[0], experts[1])
+
+
+def test_the_card_carries_base_model_settings_and_perplexities(finished):
+    card = (finished[0] / "model" / "README.md").read_text()
+    results = read_results(finished[0])
+    assert f"{results['perplexity']['after']:.4g}" in card
+    assert f"{results['perplexity']['dense']:.4g}" in card
+    assert "![" in card
+    assert str(finished[0].parent) not in card
+
+
+def test_a_finished_run_says_where_everything_is(small, tmp_path, capsys):
+    assert main(small) == 0
+    printed = capsys.readouterr().out
+    assert "Held-out perplexity" in printed
+    assert str(tmp_path / "out" / "model") in printed
+
+
+def test_a_family_moe_plus_plus_is_not_made_from_becomes_another_moe(small, tiny_tokenizer, tmp_path):
+    config = GPT2Config(
+        vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert main([*small, "--model", str(tmp_path / "gpt2")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.model_type == "moe_gpt2"
 
 
 def test_the_same_seed_gives_the_same_model(small, tmp_path):
@@ -85,17 +113,18 @@ BAD_INPUT = {
     "output below a file": (["--output", "{tmp}/empty.txt/out"], "cannot be written"),
     "too many layers": (["--layers", "3"], "`--layers` must be at most 2"),
     "more experts per token than experts": (["--top-k", "99"], "99"),
-    "truncated weights": ([], "truncated or corrupt"),
+    "truncated weights": (["--model", "{tmp}/dense"], "truncated or corrupt"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_gives_one_sentence_and_no_output(case, small, tiny_dense_dir, tmp_path, capsys):
+def test_bad_input_gives_one_sentence_and_no_output(case, small, dense_dir, tmp_path, capsys):
     words, message = BAD_INPUT[case]
     words = [word.format(tmp=tmp_path) for word in words]
     (tmp_path / "empty.txt").write_text("")
     if case == "truncated weights":
-        path = tiny_dense_dir / "model.safetensors"
+        shutil.copytree(dense_dir, tmp_path / "dense")
+        path = tmp_path / "dense" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
     if "--text" in words:
         small = [word for word in small if word not in ("--domain", "reference")]
@@ -143,9 +172,8 @@ def test_ctrl_c_while_training_exits_130_and_leaves_nothing(small, tmp_path):
         for line in process.stdout:
             if line.startswith("[3/5]"):
                 break
-        time.sleep(1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=60) == 130
     finally:
         process.kill()
         process.wait()
