@@ -153,6 +153,19 @@ def test_scaled_expert_input_reaches_copy_and_constant_experts_too(implementatio
     torch.testing.assert_close(scaled(x[None])[0][0], plain.mix(2 * x, index, weights))
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_compiled_block_equals_eager_in_one_graph(implementation, generator):
+    block = make_model(implementation).model.layers[1].mlp
+    x = torch.randn(1, 30, 32, generator=generator)
+    context = RoutingContext(prev_state=torch.randn(30, 8, generator=generator))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    try:
+        for ours, expected in zip(compiled(x, context), block(x, context), strict=True):
+            torch.testing.assert_close(ours, expected)
+    finally:
+        torch._dynamo.reset()
+
+
 # -- the state -------------------------------------------------------------------------------------------------------
 def test_each_layer_gets_the_complete_scores_of_the_one_before(input_ids):
     model = make_model()

@@ -15,13 +15,19 @@ class MoePlusPlusConfig(MoeConfigMixin, LlamaConfig):
     r"""Configuration of [`MoePlusPlusModel`]: a token may spend a slot on an expert that costs nothing.
 
     Defaults are the paper's for its 0.6B/(8+4)E model: 8 feed-forward, 1 zero, 1 copy and 2 constant experts, top-2,
-    tau 0.75, capacity factor 1.1, balance loss 0.01, gating residuals.
+    tau 0.75, capacity factor 1.1, balance loss 0.01, gating residuals. The released checkpoint is read by
+    [`~hf_moe.models.moe_plus_plus.convert_released.convert_released`].
+
+    Note: `router_aux_loss_coef` weighs the load balancer's value, N sum eta_i f_i P_i with sum f = 1. The paper's L_b
+    (Eq. 7) has sum f = K and no factor N, so it is K/N times that; for its strength to the letter, multiply by K/N.
 
     Args:
         num_constant_experts (`int`, *optional*, defaults to 2): `None` means max(num_experts / 4 - zero - copy, 1)
             (Eq. 10).
-        router_tau (`float`, defaults to 0.75): Smaller values send more tokens to zero-computation experts.
-        scale_expert_input (`bool`, defaults to `False`): Multiply expert inputs by K, as the released code does.
+        router_tau (`float`, defaults to 0.75): Smaller values send more tokens to zero-computation experts: of the
+            slots, tau N / (tau N + Z) go to the N feed-forward experts.
+        scale_expert_input (`bool`, defaults to `False`): Multiply the input of every expert by K, as the released
+            code does where `moe_feature_no_mul_topk` is off (the released 7B has it on).
 
     Example:
 
