@@ -6,10 +6,12 @@ attention backends stay transformers' own.
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, N experts, K per token.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
@@ -134,6 +136,26 @@ class MoePreTrainedMixin:
                 "losses and router states. Use `{'use_reentrant': False}`, the default."
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers, but the error of a damaged weight file names the file.
+
+        Raises:
+            ValueError: a weight file is truncated or corrupt.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            source = str(pretrained_model_name_or_path)
+            folder = os.path.join(source, kwargs.get("subfolder") or "")
+            if os.path.isdir(folder):
+                from hf_moe.weights.folder import check_safetensors
+
+                check_safetensors(folder)
+            raise ValueError(
+                f"A weight file of `{source}` is truncated or corrupt: {error}. Load it with `force_download=True`."
+            ) from error
 
     def save_pretrained(self, save_directory, *args, code: str | None = "shim", **kwargs):
         """As in transformers; also writes the one-line shim through which the checkpoint loads with
