@@ -13,8 +13,8 @@ _EXPORTS: dict[str, str] = {
     "MoeTrainerMixin": ".moe_mixin",
     "MoeTrainingArguments": ".moe_config",
     "RouterLossCollector": ".router_losses",
-    "optimizer_groups": ".optimizer_groups",
-    "parameter_roles": ".optimizer_groups",
+    "optimizer_groups": ".parameter_groups",
+    "parameter_roles": ".parameter_groups",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -12,7 +12,7 @@ from hf_moe.routing import BalanceLosses, GlobalBalanceCallback, RouterScheduleC
 from hf_moe.routing.load_balancer import validate_balance_options
 from hf_moe.views import unwrap_model
 
-from .optimizer_groups import split_param_groups
+from .parameter_groups import split_param_groups
 from .router_losses import RouterLossCollector
 
 
