@@ -191,8 +191,10 @@ def push_to_hub(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        takes_code = "code" in inspect.signature(model.save_pretrained).parameters
-        model.save_pretrained(folder, max_shard_size=max_shard_size, **({"code": code} if takes_code else {}))
+        options: dict[str, Any] = {"max_shard_size": max_shard_size}
+        if "code" in inspect.signature(model.save_pretrained).parameters:
+            options["code"] = code
+        model.save_pretrained(folder, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         readme = Path(folder) / "README.md"
@@ -236,7 +238,8 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
     """
     if tokenizer is None:
         return
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(
             f"`tokenizer` has {len(tokenizer)} entries but the model has embeddings for {rows}: they do not belong "

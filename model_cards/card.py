@@ -241,7 +241,7 @@ def _report_rows(report: Any) -> list[dict[str, str]]:
         return _pairs("Measure", report or {})
     if hasattr(report, "rows"):
         return _pairs("Measure", dict(report.rows()))
-    if dataclasses.is_dataclass(report):
+    if dataclasses.is_dataclass(report) and not isinstance(report, type):
         return _pairs("Measure", dataclasses.asdict(report))
     raise TypeError(f"`report` must be an UpcycleReport or a mapping, got {type(report).__name__}.")
 
