@@ -180,12 +180,14 @@ def _run_with_gradient(model, batch, observers) -> None:
         inputs["labels"] = labels
     try:
         with torch.enable_grad():
-            loss = model(**inputs).loss
-    except TypeError as error:
+            loss = getattr(model(**inputs), "loss", None)
+    except TypeError:  # no argument `labels`
+        loss = None
+    if loss is None:
         raise ValueError(
-            f'{type(model).__name__} takes no `labels`, so importances by gradient ("taylor") cannot be measured; use '
+            f'{type(model).__name__} gives no loss, so importances by gradient ("taylor") cannot be measured; use '
             '"contribution", or a model with a language-modelling head.'
-        ) from error
+        )
     states = {layer: o.state for layer, o in observers.items() if o.state is not None}
     gradients = torch.autograd.grad(loss, list(states.values()))
     for (layer, state), gradient in zip(states.items(), gradients, strict=True):

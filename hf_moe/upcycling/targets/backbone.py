@@ -183,11 +183,13 @@ class MoePlusPlusTarget(BackboneTarget):
 
     *No ZC expert in S.* The router input x is a normalised vector without a constant component, so no choice of
     matrix rows keeps G_zc low for every x; a bias does. Let m(x) be the K-th largest FFN logit and z(x) the largest
-    ZC logit without its bias: a ZC expert enters S if and only if z(x) + b > m(x). With b the u-quantile of m - z over
-    the calibration tokens (random ones without `calibration`), exactly a share u of those tokens uses a ZC expert. u
-    = 0 takes the minimum of m - z (minus a margin), which makes the start exact there; but then neither
-    language-model loss nor Adam reaches the ZC experts for a long time, since P_zc ~ e^b is tiny. Hence the default,
-    u = 1 %. The gating residuals W^g start at 0, so m and z are those of each layer alone.
+    ZC logit without its bias: a ZC expert enters S if and only if z(x) + b > m(x). So b = min(m - z) - 2 std(m - z)
+    over the calibration tokens (random ones without `calibration`): no such token uses a ZC expert, and hardly any
+    other does. The spread of m - z is small, hence b is (about -0.4 for SmolLM2-135M): the ZC experts still have
+    a good part of the probability, the balance loss sees them at once, and they come into use as training goes on.
+    `zero_computation_share` = u > 0 takes the u-quantile of m - z instead, so that a share u of the tokens uses ZC
+    experts from the start; those are the tokens with the most unusual x, attention sinks among them, so the loss
+    feels it. The gating residuals W^g start at 0, so m and z are those of each layer alone.
 
     *A fixed sum of weights.* The paper's Eq. 1 takes g = softmax(G) over all N + Z without renormalising: the sum over
     S varies from token to token, and with small logits is about K / N. `weights="renormalise"` (g divided by its sum
@@ -200,13 +202,13 @@ class MoePlusPlusTarget(BackboneTarget):
     the assignments, far too little while they get nearly all; set it once the load has settled.
 
     Args:
-        zero_computation_share (`float`, defaults to 0.01): u.
+        zero_computation_share (`float`, defaults to 0.0): u.
     """
 
     zero_computation = True
     needs = frozenset({"router_inputs"})
 
-    def __init__(self, zero_computation_share: float = 0.01):
+    def __init__(self, zero_computation_share: float = 0.0):
         super().__init__("moe_plus_plus", ("llama", "mistral"))
         if not 0 <= zero_computation_share < 1:
             raise ValueError(f"`zero_computation_share` must be in [0, 1), got {zero_computation_share}.")
@@ -252,7 +254,7 @@ class MoePlusPlusTarget(BackboneTarget):
             last_chosen = F.linear(inputs, rows).topk(plan.top_k, dim=-1).values[:, -1]  # m, (T,)
             best_extra = F.linear(inputs, extra_rows).amax(dim=-1)  # z, (T,)
             room = last_chosen - best_extra
-            margin = room.std() if self.zero_computation_share == 0 else 0.0
+            margin = 2 * room.std() if self.zero_computation_share == 0 else 0.0
             bias[plan.num_experts :] = torch.quantile(room, self.zero_computation_share) - margin
             rows = torch.cat([rows, extra_rows])
         if constants:
