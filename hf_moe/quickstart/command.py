@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -232,7 +233,8 @@ def write_card(
     from hf_moe.weights import DEFAULT_MODEL
 
     figures = [shutil.copy(path, folder / "model") for path in sorted((folder / "report").glob("*.png"))]
-    dataset = f"{corpus.name} (text of this machine's Python installation)" if args.text is None else corpus.name
+    # The text of a domain depends on the Python it comes with.
+    dataset = corpus.name if args.text is not None else f"{corpus.name}, Python {platform.python_version()}"
     measured = {"Perplexity": perplexity["after"], **routing.metrics()}
     card = create_model_card(
         model,
