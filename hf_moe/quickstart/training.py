@@ -74,7 +74,7 @@ def fine_tune(
             seed=seed,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        callbacks = [InterruptsCallback(interrupts)] if interrupts is not None else []
+        callbacks: list[TrainerCallback] = [] if interrupts is None else [InterruptsCallback(interrupts)]
         trainer = Trainer(model, arguments, train_dataset=TokenBlocks(blocks), callbacks=callbacks)
         ExpertLoadCallback().attach(trainer)
         start = time.perf_counter()
