@@ -109,22 +109,20 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture
-def run_python(tmp_path):
-    """Function `(code, env=None, timeout=120) -> CompletedProcess` that runs code in a fresh interpreter elsewhere.
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory):
+    """Function `(code, env=None, timeout=240) -> CompletedProcess` that runs code in a fresh interpreter elsewhere.
 
     The working directory is an empty folder, so what is imported is the installed package. A variable whose value is
     `None` in `env` is removed.
     """
-    folder = tmp_path / "elsewhere"
 
-    def run(code: str, env: dict[str, str | None] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
-        folder.mkdir(exist_ok=True)
+    def run(code: str, env: dict[str, str | None] | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
         merged = {**os.environ, **(env or {})}
         merged = {name: value for name, value in merged.items() if value is not None}
-        return subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=merged, cwd=folder, timeout=timeout
-        )
+        command = [sys.executable, "-c", code]
+        folder = tmp_path_factory.mktemp("elsewhere")
+        return subprocess.run(command, capture_output=True, text=True, env=merged, cwd=folder, timeout=timeout)
 
     return run
 

@@ -1,10 +1,12 @@
 """Shim and push: what a pushed repository needs on the machine that loads it."""
 
+import base64
 import json
 
 import pytest
 import torch
 from common.card_rules import card_errors
+from common.hub_server import HubServer
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_moe.hub import SHIM_FILE, attach_shim, check_tokenizer, push_to_hub, shim_auto_map, write_shim
@@ -31,17 +33,32 @@ print(f"{{logits.double().sum().item():.9f}}")
 """
 
 
-@pytest.fixture
-def config(tiny_llama_config):
-    fields = {key: getattr(tiny_llama_config, key) for key in ("vocab_size", "hidden_size", "num_attention_heads")}
-    return MoeLlamaConfig(**fields, intermediate_size=32, num_hidden_layers=2, num_key_value_heads=2, num_experts=4)
+def make_config():
+    return MoeLlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+    )
 
 
-@pytest.fixture
-def model(config):
+def make_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MoeLlamaForCausalLM(config).eval()
+        return MoeLlamaForCausalLM(make_config()).eval()
+
+
+@pytest.fixture
+def config():
+    return make_config()
+
+
+@pytest.fixture
+def model():
+    return make_model()
 
 
 def test_the_shim_is_one_import_line_and_every_auto_class_finds_its_class(config, tmp_path):
@@ -124,60 +141,99 @@ def test_missing_files_are_named_before_anything_is_pushed(model, tmp_path):
         push_to_hub(model, "me/moe", files=[tmp_path / "absent.png"])
 
 
-@pytest.fixture
-def pushed(hub, model, run_python, tmp_path, tiny_tokenizer_dir):
-    """The loopback Hub with `me/moe` on it; returns `(hub, function running code against it)`."""
-    model.save_pretrained(tmp_path / "local")
+@pytest.fixture(scope="module")
+def pushed(run_python, tmp_path_factory, tiny_tokenizer_dir):
+    """The loopback Hub with `me/moe` on it, and a function that runs code against it."""
+    folder = tmp_path_factory.mktemp("pushed")
+    make_model().save_pretrained(folder / "local")
     code = f"""
 import hf_moe
 from hf_moe.hub import push_to_hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "local")!r})
+model = AutoModelForCausalLM.from_pretrained({str(folder / "local")!r})
 push_to_hub(model, "me/moe", tokenizer=AutoTokenizer.from_pretrained({str(tiny_tokenizer_dir)!r}))
 """
-    result = run_python(code, env=hub.environment(tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
-    return hub, lambda code: run_python(code, env=hub.environment(tmp_path / "other-home"))
+    with HubServer() as hub:
+        result = run_python(code, env=hub.environment(folder / "home"))
+        assert result.returncode == 0, result.stderr
+        yield hub, lambda code: run_python(code, env=hub.environment(folder / "other-home"))
 
 
-def test_a_pushed_model_loads_imported_or_not_and_says_what_to_install(pushed, model, tiny_tokenizer):
-    hub, run = pushed
+def copy_repo(hub, name):
+    hub.create(name)
+    for path, data in hub.files("me/moe").items():
+        hub.commit(name, [{"key": "file", "value": {"path": path, "content": base64.b64encode(data)}}])
+
+
+def test_a_push_is_one_commit_of_model_tokenizer_valid_card_and_shim(pushed):
+    hub, _ = pushed
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", SHIM_FILE} <= set(hub.files("me/moe"))
     assert card_errors(hub.files("me/moe")["README.md"].decode()) == []
     assert sum(" /api/models/me/moe/commit/" in request for request in hub.requests) == 1
+
+
+@pytest.mark.parametrize(("first", "flag"), [("import hf_moe", ""), ("", ", trust_remote_code=True")])
+def test_a_pushed_model_loads_imported_or_with_the_flag(pushed, model, tiny_tokenizer, first, flag):
     with torch.no_grad():
         logits = model(**tiny_tokenizer("The river runs", return_tensors="pt")).logits
-    expected = f"{logits.double().sum().item():.9f}"
+    result = pushed[1](first + LOGITS.format(flag=flag))
+    assert result.stdout.strip() == f"{logits.double().sum().item():.9f}", result.stderr
 
-    result = run("import hf_moe" + LOGITS.format(flag=""))
-    assert result.stdout.strip() == expected, result.stderr
-    result = run(LOGITS.format(flag=", trust_remote_code=True"))
-    assert result.stdout.strip() == expected, result.stderr
-    result = run(BLOCKED + LOGITS.format(flag=", trust_remote_code=True"))
+
+def test_where_the_plugin_is_absent_the_error_says_what_to_install(pushed):
+    result = pushed[1](BLOCKED + LOGITS.format(flag=", trust_remote_code=True"))
     assert result.returncode == 1
     assert "Run `pip install hf_moe`" in result.stderr.splitlines()[-1]
 
 
 def test_a_second_push_leaves_no_stale_weights_and_keeps_an_edited_card(pushed, tmp_path):
     hub, run = pushed
-    hub.commit("me/moe", [{"key": "file", "value": {"path": "README.md", "content": "IyBtaW5l"}}])  # "# mine"
+    copy_repo(hub, "me/twice")
+    hub.commit("me/twice", [{"key": "file", "value": {"path": "README.md", "content": "IyBtaW5l"}}])  # "# mine"
     code = f"""
 import hf_moe
 from hf_moe.hub import push_to_hub
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("me/moe")
-push_to_hub(model, "me/moe", max_shard_size="20KB", code=None)
-push_to_hub(model, "me/moe", revision="v2", files=[{str(tmp_path / "plot.png")!r}])
+model = AutoModelForCausalLM.from_pretrained("me/twice")
+push_to_hub(model, "me/twice", max_shard_size="20KB", code=None)
+push_to_hub(model, "me/twice", revision="v2", files=[{str(tmp_path / "plot.png")!r}])
 """
     (tmp_path / "plot.png").write_bytes(b"png")
     result = run(code)
     assert result.returncode == 0, result.stderr
-    files = hub.files("me/moe")
+    files = hub.files("me/twice")
     assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     assert SHIM_FILE not in files and not json.loads(files["config.json"]).get("auto_map")
     assert files["README.md"] == b"# mine"
-    files = hub.files("me/moe", revision="v2")
+    files = hub.files("me/twice", revision="v2")
     assert files["plot.png"] == b"png" and "model.safetensors" in files and SHIM_FILE in files
+
+
+def test_an_adapter_is_pushed_beside_the_model_it_belongs_to(pushed):
+    hub, run = pushed
+    copy_repo(hub, "me/with-adapter")
+    before = set(hub.files("me/with-adapter"))
+    code = """
+import hf_moe, torch
+from hf_moe.hub import push_to_hub
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/with-adapter").eval()
+adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+push_to_hub(adapter, "me/with-adapter")
+push_to_hub(adapter, "me/adapter")
+ids = torch.arange(5)[None]
+with torch.no_grad():
+    expected = adapter(ids).logits
+    for repo in ("me/with-adapter", "me/adapter"):
+        loaded = AutoModelForCausalLM.from_pretrained(repo).eval()
+        torch.testing.assert_close(loaded(ids).logits, expected)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    added = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(hub.files("me/with-adapter")) == before | added
+    assert b"base_model: me/with-adapter" in hub.files("me/adapter")["README.md"]
 
 
 def test_a_native_model_is_pushed_without_shim(hub, run_python, tmp_path):
@@ -209,29 +265,3 @@ print(config.model_type, config.num_experts)
 """
     assert run_python(code).stdout.split() == ["moe_llama", "4"]
     assert AutoConfig.from_pretrained(tmp_path / "saved").num_experts == 4
-
-
-def test_an_adapter_is_pushed_beside_the_model_it_belongs_to(pushed):
-    hub, run = pushed
-    before = set(hub.files("me/moe"))
-    code = """
-import hf_moe, torch
-from hf_moe.hub import push_to_hub
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("me/moe").eval()
-adapter = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-push_to_hub(adapter, "me/moe")
-push_to_hub(adapter, "me/adapter")
-ids = torch.arange(5)[None]
-with torch.no_grad():
-    expected = adapter(ids).logits
-    for repo in ("me/moe", "me/adapter"):
-        loaded = AutoModelForCausalLM.from_pretrained(repo).eval()
-        torch.testing.assert_close(loaded(ids).logits, expected)
-"""
-    result = run(code)
-    assert result.returncode == 0, result.stderr
-    assert set(hub.files("me/moe")) - before == {"adapter_config.json", "adapter_model.safetensors"}
-    assert before <= set(hub.files("me/moe"))
-    assert b"base_model: me/moe" in hub.files("me/adapter")["README.md"]
