@@ -152,6 +152,7 @@ from hf_moe.hub import push_to_hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder / "local")!r})
 push_to_hub(model, "me/moe", tokenizer=AutoTokenizer.from_pretrained({str(tiny_tokenizer_dir)!r}))
+model.push_to_hub("me/method")
 """
     with HubServer() as hub:
         result = run_python(code, env=hub.environment(folder / "home"))
@@ -170,6 +171,14 @@ def test_a_push_is_one_commit_of_model_tokenizer_valid_card_and_shim(pushed):
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", SHIM_FILE} <= set(hub.files("me/moe"))
     assert card_errors(hub.files("me/moe")["README.md"].decode()) == []
     assert sum(" /api/models/me/moe/commit/" in request for request in hub.requests) == 1
+
+
+def test_the_method_of_the_model_pushes_weights_shim_and_a_valid_card_too(pushed):
+    files = pushed[0].files("me/method")
+    assert files["config.json"] == pushed[0].files("me/moe")["config.json"]
+    assert files[SHIM_FILE] == pushed[0].files("me/moe")[SHIM_FILE]
+    assert files["model.safetensors"] == pushed[0].files("me/moe")["model.safetensors"]
+    assert card_errors(files["README.md"].decode()) == []
 
 
 @pytest.mark.parametrize(("first", "flag"), [("import hf_moe", ""), ("", ", trust_remote_code=True")])
