@@ -117,6 +117,11 @@ class MoeConfigMixin:
     def __post_init__(self, **kwargs):
         load_modeling(type(self))
         super().__post_init__(**kwargs)
+        if self.is_heterogeneous:
+            raise ValueError(
+                f"`per_layer_config` is not supported by `{self.model_type}`: all its MoE layers are alike. Choose "
+                "which layers they are with `moe_layers`."
+            )
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_width
         if self.shared_expert_intermediate_size is None:
@@ -244,11 +249,11 @@ class MoeConfigMixin:
                 "`expert_capacity_factor` must be above 0, or None to drop nothing, got "
                 f"{self.expert_capacity_factor}."
             )
-        if not self.router_tau > 0:
-            raise ValueError(f"`router_tau` must be above 0, got {self.router_tau}.")
+        if not 0 < self.router_tau < float("inf"):
+            raise ValueError(f"`router_tau` must be above 0 and finite, got {self.router_tau}.")
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         validate_balance_options(self.balance_mode, self.balance_local_fraction, self.router_bias_update_speed)
         if self.expert_type is not None:
             experts_class(self.expert_type)

@@ -113,6 +113,19 @@ class MoePreTrainedMixin:
         if isinstance(module, (BaseRouter, LoadBalancer, StackedExperts, ZeroComputationExperts)):
             module.reset_parameters()
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        # transformers asks when it chooses the experts implementation, and takes "eager" where it was not asked for.
+        config = self.config
+        hidden_size = getattr(config, "expert_hidden_size", None) or config.hidden_size
+        widths = {"hidden_size": hidden_size, "moe_intermediate_size": config.moe_intermediate_size}
+        for name, width in widths.items():
+            if width % 8:  # 16 bytes in half precision
+                raise ValueError(
+                    f'`experts_implementation="grouped_mm"` needs `{name}` to be a multiple of 8, got {width}. Use '
+                    '"batched_mm" or "eager".'
+                )
+        return super()._grouped_mm_can_dispatch()
+
     def moe_blocks(self) -> list[tuple[str, MoeBlock]]:
         """Names and modules of the MoE blocks, in layer order."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, MoeBlock)]
