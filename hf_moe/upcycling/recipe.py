@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -106,14 +107,18 @@ def upcycle(
     stats = _statistics(plan, writer, model, sites, batches)
     done: list[UpcycledLayer] = []
     moe = writer.build(model, config, plan, _layers(plan, writer, config, sites, stats, done))
+    if _grouped_mm_refuses(plan, moe.dtype):
+        moe.set_experts_implementation("eager")
     # Preparing may have shown more (identical fine-tunes) than could be known before.
     exactness = writer.exactness(config, plan)
     moe.config.upcycling = {**plan.provenance(exactness), "target": writer.name}
 
     gap = None
     if check:
-        random = [random_batch(model.config.vocab_size, seed, length=_check_length(model))]
-        gap = measure_gap(model, moe, (batches or random)[:MAX_CHECK_BATCHES], "calibration" if batches else "random")
+        tokens = "calibration" if batches else "random"
+        # Another seed than calibration on random tokens had: a check on the very tokens would prove nothing.
+        batches = batches or [random_batch(model.config.vocab_size, seed + 1, length=_check_length(model))]
+        gap = measure_gap(model, moe, batches[:MAX_CHECK_BATCHES], tokens)
         moe.config.upcycling["max_difference"] = gap.max_difference
         if exactness.exact and not gap.is_rounding:
             logger.warning(
@@ -254,15 +259,25 @@ def make_plan(
             f"`shared={shared}` leaves {plan.shared_width} of {plan.form.intermediate_size} channels to the shared "
             "expert; both parts need at least one."
         )
-    width, size = plan.expert_width, forms[0].up.element_size()
-    if width * size % 16:
+    refusal = _grouped_mm_refuses(plan, model.dtype)
+    if refusal:
         logger.warning(
-            f"Experts of width {width} in {str(forms[0].up.dtype).removeprefix('torch.')} are not a multiple of 16 "
-            "bytes "
-            'wide, which `experts_implementation="grouped_mm"` (the default) refuses; load the result with "eager" or '
-            '"batched_mm", or choose a split into wider experts.'
+            f'{refusal}, which `experts_implementation="grouped_mm"` (the default) refuses. The result runs with '
+            '"eager"; '
+            'load it with `experts_implementation="eager"` too.'
         )
     return plan
+
+
+def _grouped_mm_refuses(plan: UpcyclePlan, dtype: torch.dtype) -> str:
+    """What the default experts implementation cannot run, as half a sentence; empty where it can."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"The experts are in {name}"
+    if plan.expert_width * dtype.itemsize % 16 or plan.form.hidden_size * dtype.itemsize % 16:
+        sizes = f"{plan.expert_width} (hidden size {plan.form.hidden_size})"
+        return f"Experts of width {sizes} in {name} are not multiples of 16 bytes"
+    return ""
 
 
 def _check_numbers(num_experts: Any, top_k: Any, scale: Any, shared: Any, seed: Any) -> None:

@@ -45,12 +45,12 @@ def test_a_module_that_computes_something_else_is_refused_by_class_name():
         def forward(self, x):
             return 3 * self.down_proj(self.act_fn(self.up_proj(x)))
 
-    with pytest.raises(ValueError, match="ScaledMLP has the layers of a plain feed-forward but computes something"):
+    with pytest.raises(ValueError, match=r"ScaledMLP has the layers of a plain feed-forward but computes something"):
         extract_feed_forward(ScaledMLP())
 
 
 def test_a_module_of_another_form_is_refused_by_class_name():
-    with pytest.raises(ValueError, match="LlamaAttention is not a plain feed-forward"):
+    with pytest.raises(ValueError, match=r"LlamaAttention is not a plain feed-forward"):
         extract_feed_forward(tiny_dense("llama").model.layers[0].self_attn)
 
 
@@ -60,7 +60,7 @@ def test_a_feed_forward_with_further_weights_is_not_plain():
             super().__init__()
             self.up_proj, self.down_proj, self.norm = nn.Linear(D, I), nn.Linear(I, D), nn.LayerNorm(D)
 
-    with pytest.raises(ValueError, match="NormedMLP is not a plain feed-forward"):
+    with pytest.raises(ValueError, match=r"NormedMLP is not a plain feed-forward"):
         extract_feed_forward(NormedMLP())
 
 
@@ -70,7 +70,7 @@ def test_an_unknown_activation_is_asked_for():
             super().__init__()
             self.up_proj, self.down_proj = nn.Linear(D, I), nn.Linear(I, D)
 
-    with pytest.raises(ValueError, match="cannot tell the activation function of OddMLP; pass `activation`"):
+    with pytest.raises(ValueError, match=r"cannot tell the activation function of OddMLP; pass `activation`"):
         extract_feed_forward(OddMLP())
     assert extract_feed_forward(OddMLP(), activation="relu", verify=False).activation == "relu"
 
@@ -138,7 +138,7 @@ def test_wrong_layers_are_refused(layers, message):
 
 
 def test_layers_must_be_integers():
-    with pytest.raises(TypeError, match="must be a list of integers, got '0'"):
+    with pytest.raises(TypeError, match=r"must be a list of integers, got '0'"):
         locate_feed_forwards(tiny_dense("llama"), ["0"])
 
 
@@ -146,7 +146,7 @@ def test_a_model_without_plain_feed_forwards_is_named():
     from transformers import BertConfig, BertModel
 
     config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="BertModel cannot be upcycled: no layer has a plain feed-forward"):
+    with pytest.raises(ValueError, match=r"BertModel cannot be upcycled: no layer has a plain feed-forward"):
         locate_feed_forwards(BertModel(config))
 
 
@@ -160,7 +160,7 @@ def test_a_mixture_of_experts_is_not_upcycled_again():
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config)
     assert find_feed_forwards(model) == []  # its shared expert has the layers of one
-    with pytest.raises(ValueError, match="it is already a Mixture-of-Experts"):
+    with pytest.raises(ValueError, match=r"it is already a Mixture-of-Experts"):
         locate_feed_forwards(model)
 
 

@@ -36,7 +36,7 @@ def test_normal_has_the_given_spread_and_repeats_with_the_seed():
     rows = Normal(0.1).build(64, 256, generator=generator(1))
     assert float(rows.std()) == pytest.approx(0.1, rel=0.02)
     assert torch.equal(rows, Normal(0.1).build(64, 256, generator=generator(1)))
-    with pytest.raises(ValueError, match="`std` must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"`std` must be above 0, got 0"):
         Normal(0)
 
 
@@ -44,12 +44,12 @@ def test_repeated_rows_stand_in_a_row():
     rows = Repeated(3).build(6, 8, generator=generator())
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2]) and torch.equal(rows[3], rows[5])
     assert not torch.equal(rows[0], rows[3])
-    with pytest.raises(ValueError, match="`num_experts` must be a multiple of the `groups` \\(3\\)"):
+    with pytest.raises(ValueError, match=r"`num_experts` must be a multiple of the `groups` \(3\)"):
         Repeated(3).validate(8, 3)
 
 
 def test_zeros_are_refused_because_ties_starve_experts():
-    with pytest.raises(ValueError, match="ties send every token to the same 2 experts, so the others never train"):
+    with pytest.raises(ValueError, match=r"ties send every token to the same 2 experts, so the others never train"):
         Zeros().validate(4, 2)
     Zeros().validate(4, 4)
     assert not Zeros().build(4, 16).any()
@@ -79,12 +79,12 @@ def test_hash_is_refused_while_no_router_is_called_so():
     if "hash" in list_routers():
         assert Hash().build(4, 16) is None
     else:
-        with pytest.raises(ValueError, match="needs a router registered as 'hash', but there are only"):
+        with pytest.raises(ValueError, match=r"needs a router registered as 'hash', but there are only"):
             Hash()
 
 
 def test_the_base_says_what_to_define():
-    with pytest.raises(TypeError, match="must define `build`"):
+    with pytest.raises(TypeError, match=r"must define `build`"):
         RouterInit().build(2, 4)
 
 
@@ -104,7 +104,7 @@ def test_identical_points_are_still_dealt_out_evenly():
 
 
 def test_too_few_points_are_refused():
-    with pytest.raises(ValueError, match="4 clusters need at least as many points, got 3"):
+    with pytest.raises(ValueError, match=r"4 clusters need at least as many points, got 3"):
         balanced_kmeans(torch.ones(3, 2), 4)
 
 
@@ -198,7 +198,7 @@ def test_text_prompts_use_the_tokenizer(tiny_tokenizer):
     encoded = Prompts({e: [tiny_tokenizer(t)["input_ids"]] for e, t in enumerate(["the cats", "def add(a, b):"])})
     assert text.reads_text and not encoded.reads_text
     assert torch.equal(text.prepare(model, sites, tiny_tokenizer).rows[0], encoded.prepare(model, sites).rows[0])
-    with pytest.raises(ValueError, match="`prompts` has text, which needs `tokenizer`"):
+    with pytest.raises(ValueError, match=r"`prompts` has text, which needs `tokenizer`"):
         text.prepare(model, sites)
 
 
@@ -224,7 +224,7 @@ def test_prompts_refuse_wrong_values(arguments, message):
 
 
 def test_every_expert_needs_prompts():
-    with pytest.raises(ValueError, match="one entry for each expert 0 to 2, got \\[0, 1\\]"):
+    with pytest.raises(ValueError, match=r"one entry for each expert 0 to 2, got \[0, 1\]"):
         Prompts(PROMPTS).validate(3, 1)
-    with pytest.raises(ValueError, match="must see the dense model first"):
+    with pytest.raises(ValueError, match=r"must see the dense model first"):
         Prompts(PROMPTS).build(2, 16)

@@ -94,7 +94,7 @@ def test_padding_is_left_out():
 
 def test_a_model_without_loss_is_sent_to_the_other_measure():
     model = tiny_dense("llama", auto="AutoModel")
-    with pytest.raises(ValueError, match='LlamaModel gives no loss.*"contribution"'):
+    with pytest.raises(ValueError, match=r'LlamaModel gives no loss.*"contribution"'):
         collect_statistics(model, locate_feed_forwards(model), [{"input_ids": ids()}], {"taylor"})
 
 
@@ -107,13 +107,13 @@ def test_calibration_takes_many_forms(tiny_tokenizer):
 
 
 def test_calibration_refuses_what_it_cannot_use():
-    with pytest.raises(ValueError, match="`calibration` has text, which needs `tokenizer`"):
+    with pytest.raises(ValueError, match=r"`calibration` has text, which needs `tokenizer`"):
         calibration_batches("text")
-    with pytest.raises(ValueError, match="`calibration` is empty"):
+    with pytest.raises(ValueError, match=r"`calibration` is empty"):
         calibration_batches([])
-    with pytest.raises(ValueError, match="an entry without tokens"):
+    with pytest.raises(ValueError, match=r"an entry without tokens"):
         calibration_batches([[]])
-    with pytest.raises(TypeError, match="`calibration` must be texts.*got int"):
+    with pytest.raises(TypeError, match=r"`calibration` must be texts.*got int"):
         calibration_batches(3)
 
 

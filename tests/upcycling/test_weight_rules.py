@@ -38,11 +38,11 @@ def test_the_sum_of_weights_is_known_or_not(name, k, total):
 
 
 def test_unknown_rules_are_refused():
-    with pytest.raises(ValueError, match="`weights` must be one of .*renormalise.*, got 'softmax2'"):
+    with pytest.raises(ValueError, match=r"`weights` must be one of .*renormalise.*, got 'softmax2'"):
         resolve_weight_rule("softmax2")
-    with pytest.raises(TypeError, match="got int"):
+    with pytest.raises(TypeError, match=r"got int"):
         resolve_weight_rule(1)
-    with pytest.raises(ValueError, match="factor of a weight rule must be above 0"):
+    with pytest.raises(ValueError, match=r"factor of a weight rule must be above 0"):
         WeightRule("sigmoid", 0)
 
 

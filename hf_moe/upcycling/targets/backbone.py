@@ -98,18 +98,26 @@ class BackboneTarget(CheckpointTarget):
 
     def start_router(self, config, plan, rows, stats, generator, layer_idx):
         extra = {f"gate.{name}": tensor for name, tensor in router_state(config, plan, layer_idx).items()}
-        start = extra.get("gate.weight")
-        if rows is not None and start is not None and start.shape != rows.shape:
-            raise ValueError(
-                f"The router {config.router_type!r} with {config.router_config} has a matrix of shape "
-                f"{tuple(start.shape)}, and the router start gives {tuple(rows.shape)}; leave out the options that "
-                "change the shape."
-            )
         if config.residual_expert:
             std = config.initializer_range
             extra["residual_gate.weight"] = std * torch.randn(2, plan.form.hidden_size, generator=generator)
             extra["residual_gate.bias"] = torch.zeros(2)
-        return RouterStart(rows, None, extra)
+        return self.checked(config, RouterStart(rows, None, extra))
+
+    def checked(self, config, start: RouterStart) -> RouterStart:
+        """`start` itself, if its matrix fits the router.
+
+        Raises:
+            ValueError: the router's options give its matrix another shape.
+        """
+        own = (start.extra or {}).get("gate.weight")
+        if start.weight is not None and own is not None and own.shape != start.weight.shape:
+            raise ValueError(
+                f"The router {config.router_type!r} with {config.router_config} has a matrix of shape "
+                f"{tuple(own.shape)}, and the router start gives {tuple(start.weight.shape)}; leave out the options "
+                "that change the shape."
+            )
+        return start
 
     def may_be_missing(self, key):
         # Router buffers and the like, where they could not be written here: nothing of the dense model is in them.
@@ -262,7 +270,7 @@ class MoePlusPlusTarget(BackboneTarget):
             start.extra["zero_experts.constants"] = std * torch.randn(constants, hidden_size, generator=generator)
             gate = std * torch.randn(constants, 2, hidden_size, generator=generator)
             start.extra["zero_experts.constant_gate"] = gate
-        return start._replace(weight=rows, bias=bias)
+        return self.checked(config, start._replace(weight=rows, bias=bias))
 
 
 def backbone_targets() -> list[BackboneTarget]:
