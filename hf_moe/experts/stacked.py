@@ -123,8 +123,8 @@ class _EmptySlots:
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         forward = super().forward
-        eager = self.config._experts_implementation in (None, "eager")  # never touches empty slots anyway
-        if eager or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        masks = self.config._experts_implementation in ("batched_mm", "grouped_mm")  # others pass over empty slots
+        if not masks or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
             return forward(hidden_states, top_k_index, top_k_weights)
         slot = torch.nonzero(top_k_index.reshape(-1) < self.num_experts).squeeze(-1)  # (A,) active ones of T * K
         if slot.numel() == 0:
