@@ -13,6 +13,10 @@ from .versions import check_versions
 check_versions()
 
 from . import models as models  # noqa: E402  (announces every model type)
+from .registration import register_experts_implementations  # noqa: E402
+
+
+register_experts_implementations()
 
 
 _BACKBONES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
@@ -31,11 +35,14 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RouterScheduleCallback": ".routing",
         "RouterStats": ".routing",
         "RoutingContext": ".routing",
+        "create_model_card": ".model_cards",
         "list_experts": ".experts",
         "list_models": ".discovery",
         "list_routers": ".routing",
         "metrics": ".metrics",
+        "load_dense": ".weights",
         "moe_layers": ".views",
+        "push_to_hub": ".hub",
         "record_routing": ".views",
         "register_experts": ".experts",
         "register_router": ".routing",

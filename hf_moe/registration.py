@@ -1,4 +1,4 @@
-"""The helpers through which a folder's `__init__` enters a library's registry. Imports nothing of ours.
+"""The helpers through which a folder's `__init__` enters a library's registry. Imports nothing of ours by itself.
 
 Auto tables want classes, and importing every config and modeling file would cost seconds. So importing `hf_moe`
 announces each model type with a placeholder; the first use of the type imports its real config class, and the first
@@ -6,12 +6,17 @@ config that is created (or unpickled) imports and registers the model classes.
 """
 
 import importlib
-from collections.abc import Callable
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 from transformers.models.auto.configuration_auto import AutoConfig
 
 
-__all__ = ["announce_config", "load_modeling", "register_config"]
+__all__ = ["announce_config", "load_modeling", "register_config", "register_experts_implementations", "when_imported"]
 
 # Config class -> what gives its model classes by the name of their Auto class.
 _MODELING: dict[type, Callable[[], dict[str, type]]] = {}
@@ -64,3 +69,73 @@ def load_modeling(config_class: type) -> None:
     except BaseException:
         _LOADED.discard(config_class)
         raise
+
+
+def register_experts_implementations() -> None:
+    """Adds ours to transformers' experts functions once the module that holds them is imported.
+
+    Importing that module costs a second (it brings torch's graph capture with it), which `import hf_moe` must not;
+    but every model imports it, before it looks a name up.
+    """
+
+    def register(registry: ModuleType) -> None:
+        for name, function in importlib.import_module("hf_moe.experts.kernels").IMPLEMENTATIONS.items():
+            registry.ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+    when_imported("transformers.integrations.moe", register)
+
+
+def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+    """Runs `action(module)` when a module is imported, or at once if it is.
+
+    This is Python's own import protocol: a finder that knows one name, asks the other finders for it, and leaves
+    when it was found. Nothing of the module is replaced.
+
+    Args:
+        name (`str`): Full name of the module.
+        action (`Callable`): Called once with the module, after its body ran.
+    """
+    if name in sys.modules:
+        action(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _OnImport(name, action))
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[ModuleType], None]):
+        self.name = name
+        self.action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenAct(spec.loader, self)
+        return spec
+
+
+class _ThenAct(importlib.abc.Loader):
+    """The module's own loader, and the action after it."""
+
+    def __init__(self, loader: Any, finder: _OnImport):
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+            self.finder.action(module)

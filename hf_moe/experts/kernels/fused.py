@@ -1,0 +1,296 @@
+r"""The whole expert bank as one differentiable function: gather, two projections per expert, epilogue, weighted sum.
+
+Forward, for the rows of expert e: h = x W_u, a = act(h), y = a W_d, and out_t = sum of w y over the slots of t. Rows
+are taken expert by expert, so that everything between the two products stays in cache; nothing but the rows of y is
+as long as the batch. Backward keeps h only and uses
+
+    G = g W_d^T        dw = sum_i a_i G_i (+ g b_d)     da = w G       dW_d = (w a)^T g
+    dh = act'(h) da    dW_u = x^T dh                    dx = dh W_u^T
+
+so neither y nor the scaled gradient of it is ever stored, and each gradient of a weight is written where it belongs.
+
+Rows may be rounded up (see `buckets.py`): the product then also covers the first rows of the next expert, which are
+overwritten when that expert's turn comes; in backward the surplus rows are zeroed.
+
+Shapes: T tokens, K slots per token, S slots in use, N experts, D hidden, I intermediate, W = 2I or I.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .bank import ExpertBank
+from .buckets import bucket_rows
+from .dispatch import Dispatch, compact_dispatch
+from .epilogue import Epilogue
+from .workspace import workspace
+
+
+__all__ = ["combine", "fused_experts"]
+
+
+class _Plan(NamedTuple):
+    dispatch: Dispatch
+    epilogue: Epilogue
+    is_transposed: bool
+    is_bucketed: bool
+
+    def rounded(self, rows: int) -> int:
+        return bucket_rows(rows) if self.is_bucketed else rows
+
+    @property
+    def max_rows(self) -> int:
+        return self.rounded(self.dispatch.max_rows)
+
+    @property
+    def padded_rows(self) -> int:
+        """S, and room for what the last products write beyond."""
+        return max((start + self.rounded(end - start) for _, start, end in self.dispatch.segments), default=0)
+
+    def matrix(self, stacked: torch.Tensor, expert: int) -> torch.Tensor:
+        """`(in, out)` view of one expert's matrix."""
+        matrix = stacked.select(0, expert)
+        return matrix if self.is_transposed else matrix.t()
+
+
+def fused_experts(
+    bank: ExpertBank,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    bucketed: bool = False,
+) -> torch.Tensor:
+    """Runs the experts of a bank whose epilogue has no parameters.
+
+    Args:
+        bank ([`ExpertBank`]): Parameters and flags; `epilogue` must not be `None`.
+        hidden_states (`torch.Tensor` of shape `(T, D)`): Tokens, in the dtype of the bank.
+        top_k_index (`torch.Tensor` of shape `(T, K)`): Experts; N and above marks an empty slot.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`): Weights, of any floating dtype.
+        bucketed (`bool`, *optional*, defaults to `False`): Round row counts up, so that few kernels are generated.
+
+    Returns:
+        `torch.Tensor` of shape `(T, D)`.
+    """
+    plan = _Plan(compact_dispatch(top_k_index, bank.num_experts), bank.epilogue, bank.is_transposed, bucketed)
+    inputs = (hidden_states, top_k_weights, *bank.parameters)
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
+        return _FusedExperts.apply(plan, *inputs)
+    detached = [None if p is None else p.detach() for p in inputs]
+    return _forward(plan, *detached)[0]
+
+
+def _forward(
+    plan: _Plan,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    keep: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    dispatch, dtype = plan.dispatch, hidden_states.dtype
+    hidden = hidden_states.shape[-1]
+    halves = plan.epilogue.halves
+    width, intermediate = _widths(plan, up, down)
+    half = width // halves
+    output = workspace.take("output rows", (plan.padded_rows, hidden), dtype)
+    inputs = workspace.take("rows", (plan.max_rows, hidden), dtype)
+    activated = workspace.take("activated", (plan.max_rows, intermediate), dtype)
+    if keep:
+        kept = hidden_states.new_empty(halves, plan.padded_rows, half)
+    else:
+        kept = workspace.take("projected", (halves, plan.max_rows, half), dtype)
+    for expert, start, end in dispatch.segments:
+        rows = plan.rounded(end - start)
+        x, a = inputs[:rows], activated[:rows]
+        torch.index_select(hidden_states, 0, dispatch.tokens[start:end], out=inputs[: end - start])
+        h = kept[:, start : start + rows] if keep else kept[:, :rows]
+        matrix = plan.matrix(up, expert)
+        for i in range(halves):
+            columns = slice(i * half, (i + 1) * half)
+            _product(x, matrix[:, columns], None if up_bias is None else up_bias[expert, columns], h[i])
+        plan.epilogue.forward(h, a)
+        bias = None if down_bias is None else down_bias[expert]
+        _product(a, plan.matrix(down, expert), bias, output[start : start + rows])
+    return combine(output[: dispatch.num_rows], dispatch, weights, hidden_states.shape[0]), kept if keep else None
+
+
+def _backward(
+    plan: _Plan,
+    needs: tuple[bool, ...],
+    grad: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    down_bias: torch.Tensor | None,
+    kept: torch.Tensor,
+) -> tuple[torch.Tensor | None, ...]:
+    dispatch, dtype = plan.dispatch, hidden_states.dtype
+    tokens, hidden = hidden_states.shape
+    width, intermediate = _widths(plan, up, down)
+    need_x, need_w, need_up, need_up_bias, need_down, need_down_bias = needs
+    need_projected = need_x or need_up or need_up_bias
+    weight_rows = weights.reshape(-1)[dispatch.slots]  # (S,)
+    grad_weight_rows = torch.empty_like(weight_rows) if need_w else None
+    grads = [
+        _gradient_like(parameter, dispatch) if need else None
+        for parameter, need in zip((up, up_bias, down, down_bias), needs[2:], strict=True)
+    ]
+    grad_up, grad_up_bias, grad_down, grad_down_bias = grads
+    grad_rows = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
+    size = plan.max_rows
+    x_buffer = workspace.take("rows", (size, hidden), dtype)
+    g_buffer = workspace.take("gradient rows", (size, hidden), dtype)
+    a_buffer = workspace.take("activated", (size, intermediate), dtype)
+    back_buffer = workspace.take("activated gradient", (size, intermediate), dtype)
+    scratch = workspace.take("scratch", (size, intermediate), dtype)
+    h_buffer = workspace.take("projected gradient", (size, width), dtype)
+    for expert, start, end in dispatch.segments:
+        count, rows = end - start, plan.rounded(end - start)
+        g = _gather(grad, dispatch.tokens[start:end], g_buffer, rows)
+        w = weight_rows[start:end, None]
+        h, a, back = kept[:, start : start + rows], a_buffer[:rows], back_buffer[:rows]
+        torch.mm(g, plan.matrix(down, expert).t(), out=back)  # G
+        if need_w or need_down:
+            plan.epilogue.forward(h, a)
+        if need_w:
+            torch.mul(a, back, out=scratch[:rows])
+            torch.sum(scratch[:count], dim=-1, dtype=weights.dtype, out=grad_weight_rows[start:end])
+            if down_bias is not None:
+                grad_weight_rows[start:end] += torch.mm(g[:count], down_bias[expert][:, None])[:, 0]
+        if need_down:
+            a[:count].mul_(w)
+            a[count:].zero_()
+            _weight_gradient(plan, a, g, grad_down[expert])
+        if need_down_bias:
+            torch.sum(g[:count] * w, dim=0, dtype=dtype, out=grad_down_bias[expert])
+        if not need_projected:
+            continue
+        back[:count].mul_(w)
+        dh = plan.epilogue.backward(h, back, h_buffer[:rows])
+        dh[count:].zero_()
+        if need_up:
+            x = _gather(hidden_states, dispatch.tokens[start:end], x_buffer, rows)
+            _weight_gradient(plan, x, dh, grad_up[expert])
+        if need_up_bias:
+            torch.sum(dh[:count], dim=0, out=grad_up_bias[expert])
+        if need_x:
+            torch.mm(dh, plan.matrix(up, expert).t(), out=grad_rows[start : start + rows])
+    grad_x = combine(grad_rows[: dispatch.num_rows], dispatch, None, tokens) if need_x else None
+    grad_w = None
+    if need_w:
+        grad_w = weights.new_zeros(weights.numel()).scatter_(0, dispatch.slots, grad_weight_rows).view_as(weights)
+    return grad_x, grad_w, *grads
+
+
+def combine(
+    rows: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor | None, tokens: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Sum over the slots of each token, accumulated in float32, in slot order: the same from run to run.
+
+    Args:
+        rows (`torch.Tensor` of shape `(S, D)`): One row per slot in use, sorted by expert.
+        dispatch ([`Dispatch`]): Where they belong.
+        weights (`torch.Tensor` of shape `(T, K)`, *optional*): Factors; 1 by default.
+        tokens (`int`): T.
+        dtype (`torch.dtype`, *optional*): Of the result; that of `rows` by default.
+
+    Returns:
+        `torch.Tensor` of shape `(T, D)`.
+    """
+    dtype = dtype or rows.dtype
+    if not dispatch.num_rows:
+        return rows.new_zeros(tokens, rows.shape[-1], dtype=dtype)
+    if weights is not None:
+        weights = weights.reshape(-1)
+        weights = weights if dispatch.in_use is None else weights[dispatch.in_use]
+        if weights.dtype != rows.dtype:  # the bag wants one dtype: the wider of the two
+            wider = torch.promote_types(weights.dtype, rows.dtype)
+            rows, weights = rows.to(wider), weights.to(wider)
+    # A bag of embeddings is this sum, in one pass over the rows.
+    return torch.embedding_bag(rows, dispatch.rows, dispatch.offsets, False, 0, False, weights)[0].to(dtype)
+
+
+def _widths(plan: _Plan, up: torch.Tensor, down: torch.Tensor) -> tuple[int, int]:
+    return (up.shape[2], down.shape[1]) if plan.is_transposed else (up.shape[1], down.shape[2])
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    if bias is None:
+        torch.mm(x, matrix, out=out)
+    else:
+        torch.addmm(bias, x, matrix, out=out)
+
+
+def _gather(source: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor, rows: int) -> torch.Tensor:
+    count = index.shape[0]
+    torch.index_select(source, 0, index, out=buffer[:count])
+    if rows > count:
+        buffer[count:rows].zero_()
+    return buffer[:rows]
+
+
+def _weight_gradient(plan: _Plan, inputs: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> None:
+    if plan.is_transposed:
+        torch.mm(inputs.t(), grad, out=out)
+    else:
+        torch.mm(grad.t(), inputs, out=out)
+
+
+def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    """Memory for a stacked gradient in which only the experts that nobody chose are filled, with zeros."""
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    chosen = {segment.expert for segment in dispatch.segments}
+    for expert in range(parameter.shape[0]):
+        if expert not in chosen:
+            gradient[expert].zero_()
+    return gradient
+
+
+class _FusedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *inputs: torch.Tensor | None) -> torch.Tensor:
+        output, kept = _forward(plan, *inputs, keep=True)
+        ctx.plan = plan
+        ctx.save_for_backward(*inputs, kept)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            grads = _backward(ctx.plan, needs, grad, *ctx.saved_tensors)
+        return None, *first_order_only(grads, grad)
+
+
+def first_order_only(grads: tuple[torch.Tensor | None, ...], cause: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients which say, when they are differentiated again, that they cannot be.
+
+    Args:
+        grads (`tuple`): Gradients, `None` where none was asked for.
+        cause (`torch.Tensor`): The incoming gradient.
+    """
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(None if g is None else _FirstOrder.apply(g, cause.detach().requires_grad_()) for g in grads)
+
+
+class _FirstOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, cause: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError(
+            '`experts_implementation="hf_moe"` has no second derivative. Call '
+            '`model.set_experts_implementation("eager")` for what differentiates gradients.'
+        )
+
+
+Kernel = Callable[[ExpertBank, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
