@@ -47,12 +47,32 @@ class UpcycledMixin(MoePreTrainedMixin):
         # The dense `__init__` ends with `post_init`: the last moment before weights are initialised. Inside a head
         # the base model is a plain dense one, so the outermost class swaps.
         base = self.base_model
+        self._noted: list[torch.Tensor] | None = None
         for index, name in enumerate(self.config.moe_modules):
             parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, UpcycledFeedForward(self._block_config(), index))
+            block = UpcycledFeedForward(self._block_config(), index)
+            setattr(base.get_submodule(parent), child, block)
+            block.gate.register_forward_hook(self._note_router_logits)
+        if base is not self:
+            # TRL calls the base model itself, which knows nothing of routing, and reads `router_logits`.
+            base.register_forward_pre_hook(self._before_base_model, with_kwargs=True)
+            base.register_forward_hook(self._after_base_model)
         self.load_balancer = LoadBalancer.from_config(self.config)
         self._keep_in_fp32_modules_strict = {re.escape(f"{name}.gate.") for name in self.config.moe_modules}
         super().post_init()
+
+    def _before_base_model(self, _base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        self._noted = [] if kwargs.pop("output_router_logits", False) else None
+        return args, kwargs
+
+    def _note_router_logits(self, _router: nn.Module, _args: tuple, output: RouterOutput) -> None:
+        if self._noted is not None:
+            self._noted.append(output.router_logits[:, : self.config.num_experts])  # as wide as TRL expects
+
+    def _after_base_model(self, _base: nn.Module, _args: tuple, outputs: Any) -> None:
+        noted, self._noted = self._noted, None
+        if noted:
+            outputs["router_logits"] = tuple(noted)
 
     def _block_config(self) -> Any:
         """The model's config as a block reads it: D may be called otherwise, or differ from `hidden_size`."""
