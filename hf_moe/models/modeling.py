@@ -182,6 +182,13 @@ class MoePreTrainedMixin:
         attach_shim(self, save_directory, code=code, is_main_process=kwargs.get("is_main_process", True))
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Pushes model, shim and, to a repository without one, a generated card; see [`~hf_moe.hub.push_to_hub`] for
+        the keyword arguments."""
+        from hf_moe.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
 
 class MoeDecoderLayerMixin:
     """A pre-norm decoder layer whose `mlp` is a [`MoeBlock`] where the config says so. The attribute names are those
