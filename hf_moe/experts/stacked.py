@@ -106,7 +106,7 @@ class StackedExperts(nn.Module):
         return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
 
 
-class _EmptySlots:
+class _EmptySlots(StackedExperts):
     """Mixed in first: lets transformers' batched_mm and grouped_mm work where slots are empty.
 
     They mask the empty-slot index only where `_is_expert_parallel` is set (the decorator resets it in `__init__`, and
@@ -114,6 +114,8 @@ class _EmptySlots:
     masks, and the empty rows they leave in every pass but the products, cost a tenth of the time on a CPU. There,
     where asking which slots are active does not wait for a device, only those are handed on.
     """
+
+    config: Any  # set by the decorator
 
     def __init__(self, config: Any):
         super().__init__(config)

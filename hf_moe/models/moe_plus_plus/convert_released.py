@@ -144,23 +144,24 @@ def released_config(released: dict[str, Any]) -> MoePlusPlusConfig:
     interval = released.get("moe_expert_interval", 1)
     mixtral_gating = released.get("moe_use_mixtral_gating", False)
     use_norm = released.get("moe_use_logits_norm", False)
-    return MoePlusPlusConfig(
+    fields = {
         **{name: released[name] for name in SAME_FIELDS if name in released},
-        rope_parameters=_rope_parameters(released),
-        num_experts=total - special,
-        num_constant_experts=NUM_CONSTANT,
-        num_copy_experts=NUM_COPY,
-        num_zero_experts=NUM_ZERO,
-        num_experts_per_tok=2,
-        moe_layers="all" if interval == 1 else f"every:{interval}",
-        router_type="moepp_release",
-        router_config={
+        "rope_parameters": _rope_parameters(released),
+        "num_experts": total - special,
+        "num_constant_experts": NUM_CONSTANT,
+        "num_copy_experts": NUM_COPY,
+        "num_zero_experts": NUM_ZERO,
+        "num_experts_per_tok": 2,
+        "moe_layers": "all" if interval == 1 else f"every:{interval}",
+        "router_type": "moepp_release",
+        "router_config": {
             "num_layers_gate": 2 if released.get("moe_2layer_gate", True) else 1,
             "mixtral_gating": mixtral_gating,
             "logit_norm_std": float(released.get("moe_gate_norm_std", 1.0)) if use_norm else None,
         },
-        scale_expert_input=not (mixtral_gating or released.get("moe_feature_no_mul_topk", False)),
-    )
+        "scale_expert_input": not (mixtral_gating or released.get("moe_feature_no_mul_topk", False)),
+    }
+    return MoePlusPlusConfig(**fields)
 
 
 def _rope_parameters(released: dict[str, Any]) -> dict[str, Any]:
