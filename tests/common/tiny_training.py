@@ -6,10 +6,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_moe import MoeLlamaConfig, MoeLlamaForCausalLM, MoePlusPlusConfig, MoePlusPlusForCausalLM
+from hf_moe import MoeLlamaConfig, MoeLlamaForCausalLM, MoePlusPlusConfig, MoePlusPlusForCausalLM, upcycle
 from hf_moe.routing.discovery import find_balancers
 from hf_moe.trainers import (
     MoeDPOConfig,
@@ -55,6 +63,16 @@ def tiny_moe(family: str = "moe_llama", seed: int = 0, **config) -> PreTrainedMo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model_class(config_class(**{**SIZES, **config}))
+
+
+def tiny_upcycled() -> PreTrainedModel:
+    """A type without a backbone of ours, its feed-forwards replaced by the generic target."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2, pad_token_id=0))
+    model, _ = upcycle(dense, num_experts=4, top_k=2, target="generic")
+    return model
 
 
 def expert_lora(**options) -> LoraConfig:

@@ -196,6 +196,19 @@ def test_each_token_is_counted_once(kind, tmp_path):
     assert model.base_model.load_balancer.previous_counts.sum(-1).tolist() == [2 * tokens] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*flash.attention.*:UserWarning")
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_rows_are_counted_without_mask_too(strategy, tmp_path):
+    model = tiny_moe(balance_mode="running")
+    options = {"packing": True, "packing_strategy": strategy, "max_length": 16, "gradient_accumulation_steps": 2}
+    trainer = build("sft", tmp_path, model, data=12, **options)
+    trainer.train()
+    batches = trainer.batches[0]
+    assert ("attention_mask" in batches[0]) == (strategy == "wrapped")
+    tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()) for batch in batches)
+    assert model.base_model.load_balancer.previous_num_tokens == tokens
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_has_no_router_loss_and_counts_nothing(kind, tmp_path):
     model = tiny_moe(balance_mode="running", router_aux_loss_coef=10.0)
@@ -243,3 +256,18 @@ def test_afterwards_the_model_adds_its_losses_itself(tmp_path):
     again = build("sft", tmp_path, model, learning_rate=0.0)
     again.train()
     assert again.losses == trainer.losses
+
+
+def test_dpo_takes_a_copy_of_a_model_in_memory_for_reference(tmp_path):
+    model = tiny_moe()  # just made: there is nothing to load a reference from
+    trainer = build("dpo", tmp_path, model, trainer={"ref_model": None}, data=8, max_steps=3)
+    assert trainer.ref_model is not None
+    before = [parameter.clone() for parameter in trainer.ref_model.parameters()]
+    trainer.train()
+    assert trainer.losses[0][0] - 0.1 * trainer.state.log_history[0]["aux_loss"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+    assert all(map(torch.equal, trainer.ref_model.parameters(), before))
+    assert not all(map(torch.equal, model.parameters(), before))
+    adapter = build("dpo", tmp_path, tiny_moe(), trainer={"ref_model": None}, lora=expert_lora())
+    assert adapter.ref_model is None  # the policy with its adapter disabled

@@ -4,7 +4,7 @@ import pytest
 import torch
 from common.tiny_training import FAMILIES, build, expert_lora, third_party_warnings, tiny_moe
 
-from hf_moe.upcycling import upcycle
+from hf_moe.trainers import RouterLossCollector
 
 
 pytestmark = third_party_warnings
@@ -95,14 +95,35 @@ def test_weights_in_bf16_train(kind, tmp_path):
     assert (trainer.state.log_history[0]["aux_loss"] * 2**8) % 1 != 0
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_generically_upcycled_models_train_in_trl(kind, tmp_path):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_a_compiled_model_has_the_same_losses(kind, tmp_path):
+    found = []
+    for compiled in (False, True):
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        model = tiny_moe(balance_mode="running", router_z_loss_coef=0.01, experts_implementation="batched_mm")
+        trainer = build(kind, tmp_path, model, data=8, gradient_accumulation_steps=2, max_steps=2, **options)
+        trainer.train()
+        assert model.base_model.load_balancer.previous_num_tokens > 0
+        found.append([loss for step in trainer.losses for loss in step])
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
 
-    sizes = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    dense = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2, pad_token_id=0))
-    model, _ = upcycle(dense, num_experts=4, top_k=2, target="generic")
-    trainer = build(kind, tmp_path, model, balance_mode="running", router_aux_loss_coef=0.1)
-    trainer.train()
-    assert trainer.state.log_history[0]["aux_loss"] > 0
-    assert model.load_balancer.previous_num_tokens > 0
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_router_losses_are_collected_without_graph_break():
+    model = tiny_moe(balance_mode="running", experts_implementation="batched_mm").train()
+    collector = RouterLossCollector(model)
+    ids = torch.arange(3, 23).view(2, 10)
+    found = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.base_model.load_balancer.begin_step(1, 20)
+        with collector.collect() as pending:
+            loss = forward(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+        (part,) = pending
+        loss = loss + part.finish(num_items_in_batch=1).total(0.5)
+        found.append((loss, torch.autograd.grad(loss, model.base_model.layers[0].mlp.gate.weight)[0]))
+    (eager, gradient), (compiled, own_gradient) = found
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(own_gradient, gradient)

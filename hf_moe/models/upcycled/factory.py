@@ -1,6 +1,9 @@
 """Makes the classes of an upcycled type from its dense classes."""
 
+import functools
 import importlib
+import inspect
+from collections.abc import Callable
 
 from transformers.models.auto import auto_factory, modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -37,9 +40,25 @@ def upcycled_model_class(dense_class: type, config_class: type | None = None) ->
             "__module__": PACKAGE,
             "__doc__": f"`{dense_class.__name__}` with MoE blocks at `config.moe_modules`.",
             "config_class": config_class,
+            "forward": _forward_like(dense_class),
         }
         setattr(package, name, type(name, (UpcycledMixin, dense_class), namespace))
     return vars(package)[name]
+
+
+def _forward_like(dense_class: type) -> Callable:
+    """[`UpcycledMixin`]'s forward with the dense class's signature, by which a Trainer tells the columns it needs."""
+
+    @functools.wraps(dense_class.forward)
+    def forward(self, *args, **kwargs):
+        return UpcycledMixin.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(dense_class.forward)
+    own = inspect.Parameter("output_router_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [p for p in signature.parameters.values() if p.name != own.name]
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[*parameters[:at], own, *parameters[at:]])
+    return forward
 
 
 def build_auto_classes(config_class: type, dense_config_class: type) -> dict[str, type]:
