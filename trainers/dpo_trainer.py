@@ -1,5 +1,10 @@
 """Direct preference optimization of Mixture-of-Experts models."""
 
+import copy
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
 from .moe_mixin import MoeTrainerMixin
@@ -17,7 +22,8 @@ class MoeDPOTrainer(MoeTrainerMixin, DPOTrainer):
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): A model of hf_moe, or where to load it from.
         ref_model (`PreTrainedModel`, *optional*): Reference; of any architecture with the same vocabulary. By default
-            the model as it was.
+            the model as it is: with an adapter the model without it, else a copy. (TRL loads the copy from where
+            the model came from, which for a model just upcycled is nowhere, or the dense model.)
         args ([`MoeDPOConfig`] or `trl.DPOConfig`, *optional*): Configuration of the run.
         *args, **kwargs: As in [`~trl.DPOTrainer`].
 
@@ -34,3 +40,10 @@ class MoeDPOTrainer(MoeTrainerMixin, DPOTrainer):
     """
 
     _tag_names = ["trl", "dpo", "moe"]
+
+    def __init__(self, model: Any, ref_model: PreTrainedModel | None = None, args: Any = None, *rest, **kwargs):
+        precomputed = args is not None and args.precompute_ref_log_probs
+        is_full = isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None
+        if ref_model is None and is_full and not precomputed and not is_deepspeed_zero3_enabled():
+            ref_model = copy.deepcopy(model)
+        super().__init__(model, ref_model, args, *rest, **kwargs)

@@ -1,12 +1,10 @@
 """The part that makes a Trainer a Mixture-of-Experts trainer."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from hf_moe.routing import BalanceLosses, GlobalBalanceCallback, RouterScheduleCallback
 from hf_moe.routing.load_balancer import validate_balance_options
@@ -18,10 +16,13 @@ from .router_losses import RouterLossCollector
 
 __all__ = ["MoeTrainerMixin"]
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:  # what it is mixed into has all of this
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 
-class MoeTrainerMixin:
+class MoeTrainerMixin(_Trainer):
     r"""Goes in front of a Trainer class, which then trains with the router losses of hf_moe.
 
     What it does, over the class it is mixed into:
@@ -59,6 +60,8 @@ class MoeTrainerMixin:
     ```
     """
 
+    model: Any
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -92,12 +95,13 @@ class MoeTrainerMixin:
         model = self._moe_model
         if self._router_losses is None or self._router_losses.model is not model:
             self._router_losses = RouterLossCollector(model)
-            self._configure(_router_config(model))
-            self._check_selection_biases()
+            self._configure(self._router_losses)
+            self._check_selection_biases(self._router_losses)
         return self._router_losses
 
-    def _configure(self, config: Any) -> None:
+    def _configure(self, collector: RouterLossCollector) -> None:
         """Writes what the arguments say about router losses into the model's config, and switches off TRL's own."""
+        config = _router_config(collector.model)
         if hasattr(self, "aux_loss_enabled"):  # a TRL trainer
             config.output_router_logits = self.aux_loss_enabled = False
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "balance_mode"):
@@ -108,16 +112,16 @@ class MoeTrainerMixin:
             if getattr(config, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(config, name)}.")
         validate_balance_options(config.balance_mode)
-        for balancer, _ in self._router_losses.balancers.values():
+        for balancer, _ in collector.balancers.values():
             balancer.mode = config.balance_mode
             balancer.z_loss = config.router_z_loss_coef > 0
 
-    def _check_selection_biases(self) -> None:
+    def _check_selection_biases(self, collector: RouterLossCollector) -> None:
         adapter = getattr(self.accelerator.unwrap_model(self.model), "peft_config", None)
-        for name, (balancer, routers) in self._router_losses.balancers.items():
+        for name, (balancer, routers) in collector.balancers.items():
             if not adapter or balancer.bias_update_speed == 0:
                 continue
-            modules = {id(module): path for path, module in self._moe_model.named_modules()}
+            modules = {id(module): path for path, module in collector.model.named_modules()}
             if any("modules_to_save" not in modules[id(router)] for router in routers):
                 raise ValueError(
                     f"`router_bias_update_speed={balancer.bias_update_speed}` moves buffers of the routers "
@@ -128,7 +132,7 @@ class MoeTrainerMixin:
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
@@ -141,7 +145,7 @@ class MoeTrainerMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with collector.collect() as pending:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, *outputs = result if return_outputs else (result,)
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
         # The balancer's scale is right for a loss that the Trainer goes on to sum or to average itself. Where losses
         # are summed, the class below has already undone the mean over ranks, so what is added here has to as well.
         is_summed = self._loss_is_summed(num_items_in_batch)
@@ -152,7 +156,7 @@ class MoeTrainerMixin:
             total = factor * losses.total(config.router_aux_loss_coef, config.router_z_loss_coef)
             loss = loss + total.to(loss.device)
             self._note(losses)
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, outputs) if return_outputs else loss
 
     def _loss_is_summed(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
         """Whether `training_step` sums what `compute_loss` returns over micro-batches instead of averaging it."""
@@ -165,7 +169,8 @@ class MoeTrainerMixin:
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """As in the class below; the balancers learn how many micro-batches and tokens the step will have."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._balance.observe_batches(batches, replicas=self.get_cp_size() * self.get_sp_size())
+        if all(len(batch) for batch in batches):  # the Trainer will say what is wrong with an empty one
+            self._balance.observe_batches(batches, replicas=self.get_cp_size() * self.get_sp_size())
         return batches, num_items_in_batch
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -197,12 +202,12 @@ class MoeTrainerMixin:
         """As in the class below, with the router losses of the micro-batches since the last log."""
         if self.model.training and self._router_metrics:
             means = torch.stack([total / count for total, count in self._router_metrics.values()])
-            means = self.accelerator.reduce(means, "mean")
+            means: Any = self.accelerator.reduce(means, "mean")
             logs.update(zip(self._router_metrics, means.tolist(), strict=True))
             self._router_metrics.clear()
         super().log(logs, *args, **kwargs)
 
 
-def _router_config(model: nn.Module) -> Any:
+def _router_config(model: Any) -> Any:
     """Where the fields of `MoeConfigMixin` are: in the text part of a composite config."""
     return model.config.get_text_config()

@@ -38,7 +38,7 @@ class RouterLossCollector:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = unwrap_model(model)
+        self.model: Any = unwrap_model(model)
         self.balancers = find_balancers(self.model)
         if not self.balancers:
             raise ValueError(
@@ -67,13 +67,13 @@ class RouterLossCollector:
         """
         pending: list[PendingBalance] = []
         self._pending, self._active = pending, True
-        self.model.adds_router_losses = False
+        vars(self.model)["adds_router_losses"] = False
         try:
             yield pending
         finally:
             self._active, self._pending = False, []
             self._clear()
-            del self.model.adds_router_losses  # back to what its class says
+            vars(self.model).pop("adds_router_losses")  # back to what its class says
 
     def _after_router(self, name: str, position: int, router: BaseRouter, _args: tuple, output: RouterOutput) -> None:
         if self._active and router.training and torch.is_grad_enabled():
@@ -93,8 +93,8 @@ class RouterLossCollector:
             if not outputs:
                 continue
             layers = [
-                LayerRouting.from_router(routers[position], output.router_logits, output.top_k_index)
-                for position, output in sorted(outputs.items())
+                LayerRouting.from_router(routers[at], outputs[at].router_logits, outputs[at].top_k_index)
+                for at in sorted(outputs)
             ]
             mask = self._attention_mask
             if mask is not None and mask.numel() != layers[0].index.shape[0]:

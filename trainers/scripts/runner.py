@@ -23,7 +23,7 @@ def make_script_parser(
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-    dataclass_types = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    dataclass_types: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
     if subparsers is not None:
         return subparsers.add_parser(name, help=f"Run the {name} training script", dataclass_types=dataclass_types)
     return TrlParser(dataclass_types, prog=prog)
