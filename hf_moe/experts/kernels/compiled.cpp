@@ -9,7 +9,9 @@
 #include <torch/library.h>
 
 #include <cstdint>
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -42,13 +44,15 @@ inline VecF load(const at::BFloat16* p) {
 }
 
 // Sums of 16 accumulators at once: result[i] = sum of a[i].
-inline void reduce(const VecF* a, float* result) {
+__attribute__((always_inline)) inline void reduce(const VecF* a, float* result) {
 #if defined(__AVX512F__)
   __m512 b[8], c[4];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     b[i] = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a[2 * i], (__m512)a[2 * i + 1]),
                          _mm512_unpackhi_ps((__m512)a[2 * i], (__m512)a[2 * i + 1]));
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     __m512d lo = _mm512_castps_pd(b[2 * i]), hi = _mm512_castps_pd(b[2 * i + 1]);
     c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(lo, hi)), _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi)));
@@ -65,30 +69,31 @@ inline void reduce(const VecF* a, float* result) {
 #endif
 }
 
-// sums[r * 4 + o] = dot(x row r, w row o)
-template <int ROWS, typename T>
+// Eight rows of weights ahead, into the second-level cache: further away than the hardware looks by itself.
+template <bool PREFETCH, typename T>
+inline void prefetch(const T* w, int64_t k) {
+  if constexpr (PREFETCH) __builtin_prefetch(w + 2 * kBlock * k, 0, 2);
+}
+
+// sums[r * 4 + o] = dot(x row r, w row o). The loops over rows and features must be unrolled, or the sums live in memory.
+template <int ROWS, bool PREFETCH, typename T>
 inline void block(const T* x, const T* w, int64_t k, float* sums) {
-  VecF acc[kBlock * kBlock] = {};
+  VecF acc[kBlock][kBlock] = {};
   int64_t i = 0;
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-    for (; i < k; i += 32) {
-      const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1u;
+    for (; i + 32 <= k; i += 32) {
       __m512bh xv[ROWS];
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) xv[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * k + i);
+      for (int r = 0; r < ROWS; ++r) xv[r] = (__m512bh)_mm512_loadu_si512(x + r * k + i);
 #pragma GCC unroll 4
       for (int o = 0; o < kBlock; ++o) {
-        const __m512bh wv = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + o * k + i);
-        _mm_prefetch((const char*)(w + (o + kBlock) * k + i), _MM_HINT_T0);
+        const __m512bh wv = (__m512bh)_mm512_loadu_si512(w + o * k + i);
+        prefetch<PREFETCH>(w + o * k + i, k);
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-          acc[r * kBlock + o] = (VecF)_mm512_dpbf16_ps((__m512)acc[r * kBlock + o], xv[r], wv);
-        }
+        for (int r = 0; r < ROWS; ++r) acc[r][o] = (VecF)_mm512_dpbf16_ps((__m512)acc[r][o], xv[r], wv);
       }
     }
-    reduce(acc, sums);
-    return;
   }
 #endif
   for (; i + kLanes <= k; i += kLanes) {
@@ -98,30 +103,38 @@ inline void block(const T* x, const T* w, int64_t k, float* sums) {
 #pragma GCC unroll 4
     for (int o = 0; o < kBlock; ++o) {
       const VecF wv = load(w + o * k + i);
-      __builtin_prefetch(w + (o + kBlock) * k + i);
+      prefetch<PREFETCH>(w + o * k + i, k);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) acc[r * kBlock + o] += xv[r] * wv;
+      for (int r = 0; r < ROWS; ++r) acc[r][o] += xv[r] * wv;
     }
   }
-  reduce(acc, sums);
+  reduce(&acc[0][0], sums);
   for (; i < k; ++i) {
-#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       for (int o = 0; o < kBlock; ++o) sums[r * kBlock + o] += (float)x[r * k + i] * (float)w[o * k + i];
     }
   }
 }
 
-template <int ROWS, typename T>
+template <int ROWS, bool PREFETCH, typename T>
 inline void finish(const T* x, const T* w, const T* bias, int64_t k, int64_t width, T* out) {
   float sums[kBlock * kBlock];
-  block<ROWS>(x, w, k, sums);
-#pragma GCC unroll 4
+  block<ROWS, PREFETCH>(x, w, k, sums);
   for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
     for (int o = 0; o < kBlock; ++o) {
       out[r * width + o] = (T)(sums[r * kBlock + o] + (bias ? (float)bias[o] : 0.f));
     }
+  }
+}
+
+// Up to four rows.
+template <bool PREFETCH, typename T>
+inline void rows_of_block(int64_t rows, const T* x, const T* w, const T* bias, int64_t k, int64_t width, T* out) {
+  switch (rows) {
+    case 1: finish<1, PREFETCH>(x, w, bias, k, width, out); break;
+    case 2: finish<2, PREFETCH>(x, w, bias, k, width, out); break;
+    case 3: finish<3, PREFETCH>(x, w, bias, k, width, out); break;
+    default: finish<4, PREFETCH>(x, w, bias, k, width, out);
   }
 }
 
@@ -132,13 +145,9 @@ void panel(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64
   for (; o + kBlock <= end; o += kBlock) {
     const T* wo = w + o * k;
     const T* bo = bias ? bias + o : nullptr;
-    int64_t r = 0;
-    for (; r + kBlock <= rows; r += kBlock) finish<4>(x + r * k, wo, bo, k, width, out + r * width + o);
-    switch (rows - r) {
-      case 3: finish<3>(x + r * k, wo, bo, k, width, out + r * width + o); break;
-      case 2: finish<2>(x + r * k, wo, bo, k, width, out + r * width + o); break;
-      case 1: finish<1>(x + r * k, wo, bo, k, width, out + r * width + o); break;
-      default: break;
+    rows_of_block<true>(rows, x, wo, bo, k, width, out + o);  // the weights arrive with the first rows
+    for (int64_t r = kBlock; r < rows; r += kBlock) {
+      rows_of_block<false>(rows - r, x + r * k, wo, bo, k, width, out + r * width + o);
     }
   }
   for (; o < end; ++o) {  // at most three features of the last panel

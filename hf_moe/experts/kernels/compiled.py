@@ -1,6 +1,6 @@
 """The optional compiled operator: built when asked for, kept in the user's cache, never required.
 
-`python -c "import hf_moe; ..."` does not build anything. `experts_implementation="hf_moe_compiled"` does, and
+Importing builds nothing. The first call under `experts_implementation="hf_moe_compiled"` does, and
 `hf-moe bench experts --tune` does where a compiler is installed; from then on `"hf_moe"` uses it where the
 measurement said so.
 """
@@ -28,8 +28,10 @@ compiled_dtypes = (torch.float32, torch.bfloat16)
 
 def compiler() -> str | None:
     """Path of the C++ compiler that would be used, or `None` if there is none (or no ninja to drive it)."""
+    from torch.utils import cpp_extension  # slow to import, and rarely needed
+
     found = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if (path := _which(name))), None)
-    return found if torch.utils.cpp_extension.is_ninja_available() else None
+    return found if cpp_extension.is_ninja_available() else None
 
 
 def build_compiled() -> Path:

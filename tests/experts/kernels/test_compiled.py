@@ -1,0 +1,107 @@
+"""The compiled operator: equal to eager, honest where it cannot be built, silent where it was not asked for."""
+
+import math
+import sys
+
+import pytest
+import torch
+from common.expert_banks import EXPERTS, LAYOUTS, make_bank, make_inputs, with_implementation
+
+from hf_moe.experts.kernels import compiled, selection
+from hf_moe.experts.kernels.front import choose_path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_equals_eager(compiled_operator, layout, dtype):
+    bank = make_bank(layout, dtype)
+    exact = make_bank(layout, dtype).double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for tokens in (0, 1, 3, 40):
+        hidden, index, weights = make_inputs(tokens, dtype=dtype)
+        with torch.no_grad():
+            output = with_implementation(bank, "hf_moe_compiled")(hidden, index, weights)
+            again = with_implementation(bank, "hf_moe_compiled")(hidden, index, weights)
+            expected = exact(hidden.double(), index, weights.double())
+        assert torch.equal(output, again)
+        assert (output.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 3), (33, 66), (96, 64), (100, 35)])
+def test_any_width_and_any_number_of_rows(compiled_operator, dtype, width, out):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, out, width, generator=generator).to(dtype)
+    bias = torch.randn(5, out, generator=generator).to(dtype)
+    rows = torch.randn(13, width, generator=generator).to(dtype)
+    experts, ends = [0, 1, 3, 4], [1, 3, 6, 13]
+    output = torch.full((13, out), math.nan, dtype=dtype)
+    torch.ops.hf_moe_compiled.grouped_rows(rows, weight, bias, experts, ends, output)
+    start = 0
+    for expert, end in zip(experts, ends, strict=True):
+        expected = rows[start:end].double() @ weight[expert].double().t() + bias[expert].double()
+        error = (output[start:end].double() - expected).abs().max()
+        assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * (1 + expected.abs().max())
+        start = end
+
+
+def test_wrong_arguments_are_refused(compiled_operator):
+    rows, weight, out = torch.zeros(2, 4), torch.zeros(3, 5, 4), torch.zeros(2, 5)
+    for experts, ends in ([[3], [2]], [[0], [3]], [[-1], [1]], [[0, 1], [2]]):
+        with pytest.raises(RuntimeError):
+            torch.ops.hf_moe_compiled.grouped_rows(rows, weight, None, experts, ends, out)
+    with pytest.raises(RuntimeError, match="dtypes"):
+        torch.ops.hf_moe_compiled.grouped_rows(rows.double(), weight, None, [0], [1], out)
+
+
+def test_empty_slots_cost_nothing_and_give_nothing(compiled_operator):
+    bank = make_bank(dtype=torch.float32, implementation="hf_moe_compiled")
+    hidden, index, weights = make_inputs(dtype=torch.float32)
+    with torch.no_grad():
+        assert not bank(hidden, torch.full_like(index, EXPERTS), torch.zeros_like(weights)).any()
+
+
+def test_the_automatic_choice_uses_it_only_where_the_table_says_so(compiled_operator, monkeypatch):
+    bank, inputs = make_bank(dtype=torch.float32), make_inputs(dtype=torch.float32)
+    with torch.no_grad():
+        assert choose_path(bank, *inputs) != "compiled"
+        table = selection.SelectionTable({"float32/inference": ((math.inf, "compiled"),)})
+        monkeypatch.setattr("hf_moe.experts.kernels.front.load_table", lambda: table)
+        assert choose_path(bank, *inputs) == "compiled"
+        assert choose_path(make_bank("transposed", torch.float32), *inputs) == "decode"
+
+
+def test_without_a_compiler_the_error_names_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "absent")
+    with pytest.raises(ImportError, match=r'needs a C\+\+ compiler.*experts_implementation="hf_moe"'):
+        compiled.build_compiled()
+    assert not (tmp_path / "absent").exists()
+
+
+def test_nothing_is_built_unless_it_was_asked_for(run_python):
+    code = """
+import torch, hf_moe
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+config = MixtralConfig(hidden_size=16, intermediate_size=32, num_local_experts=4)
+config._experts_implementation = "hf_moe"
+with torch.no_grad():
+    MixtralExperts(config)(torch.zeros(1, 16), torch.zeros(1, 2).long(), torch.zeros(1, 2))
+print(hasattr(torch.ops.hf_moe_compiled, "grouped_rows"))
+"""
+    result = run_python(code, env={"HF_HOME": "."})
+    assert result.stdout.split()[-1:] == ["False"], result.stderr
+
+
+def test_a_failed_build_leaves_nothing_behind(monkeypatch, tmp_path):
+    from torch.utils import cpp_extension
+
+    def fail(**kwargs):
+        raise RuntimeError("Error building extension")
+
+    monkeypatch.setattr(compiled, "compiler", lambda: sys.executable)
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "key")
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    with pytest.raises(ImportError, match="could not be built"):
+        compiled.build_compiled()
+    assert list(tmp_path.iterdir()) == []
