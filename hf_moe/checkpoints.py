@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .files import check_new_folder, new_folder
 from .weights.folder import INDEX, check_safetensors, first_line
 
 
@@ -125,22 +124,15 @@ class CheckpointWriter:
         self.folder = Path(folder)
         if max_shard_bytes < 1:
             raise ValueError(f"`max_shard_bytes` must be at least 1, got {max_shard_bytes}.")
-        if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-            raise ValueError(f"`{self.folder}` exists already. Choose another folder, or remove this one.")
+        check_new_folder(self.folder)
         self.max_shard_bytes = max_shard_bytes
         self._shard: dict[str, torch.Tensor] = {}
         self._shard_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
 
     def __enter__(self) -> "CheckpointWriter":
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            name = tempfile.mkdtemp(prefix=f".{self.folder.name}.partial-", dir=self.folder.parent)
-        except OSError as error:
-            raise ValueError(
-                f"`{self.folder}` cannot be written: {error.strerror}. Choose a folder you may write to."
-            ) from error
-        self.partial = Path(name)
+        self._place = new_folder(self.folder)
+        self.partial = self._place.__enter__()
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -164,14 +156,10 @@ class CheckpointWriter:
             if kind is None:
                 self._flush()
                 self._name_shards()
-                umask = os.umask(0)  # readable only by setting it; a temporary folder is made for its owner alone
-                os.umask(umask)
-                self.partial.chmod(0o777 & ~umask)
-                if self.folder.exists():
-                    self.folder.rmdir()
-                os.replace(self.partial, self.folder)
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
+        except BaseException as late:
+            self._place.__exit__(type(late), late, late.__traceback__)
+            raise
+        self._place.__exit__(kind, error, traceback)
 
     def _flush(self) -> None:
         if self._shard:

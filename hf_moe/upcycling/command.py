@@ -3,12 +3,10 @@
 import argparse
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_moe.files import write_text
+from hf_moe.files import check_new_folder, new_folder, write_text
 
 
 __all__ = ["add_arguments", "run"]
@@ -54,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: an option that cannot work; the destination is untouched.
     """
-    destination = Path(args.destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"DST {args.destination!r} exists and is not an empty folder; choose another one.")
+    destination = check_new_folder(args.destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(destination.parent, os.W_OK):
         raise ValueError(f"DST {args.destination!r} cannot be written; choose a folder you may write to.")
@@ -98,19 +94,11 @@ def _convert(args: argparse.Namespace, recipe: dict[str, Any], destination: Path
 
         calibration = load_text_file(args.calibration).train
     moe, report = upcycle(model, tokenizer=tokenizer, calibration=calibration, check=not args.no_check, **recipe)
-    partial = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-    try:
+    with new_folder(destination) as partial:
         moe.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_text(partial / "upcycling.json", json.dumps(report.to_dict(), indent=2) + "\n")
-        partial.chmod(0o755)  # temporary folders are made for their owner alone
-        if destination.exists():
-            destination.rmdir()
-        os.replace(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return report
 
 

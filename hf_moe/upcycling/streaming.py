@@ -7,7 +7,6 @@ by tensor and the result never exists as a model.
 import copy
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from hf_moe.checkpoints import CheckpointReader, CheckpointWriter
 from hf_moe.hub import write_shim
 
 from .builders.base import ExpertBuilder
 from .feed_forward import FeedForwardSite, extract_feed_forward, locate_feed_forwards
-from .plan import UpcyclePlan, build_layer
+from .plan import UpcycledLayer, UpcyclePlan, build_layer
 from .recipe import make_plan, make_report, resolve_choices
 from .report import UpcycleReport
 from .router_init.base import RouterInit
-from .shards import ShardReader, ShardWriter
 from .sources import check_unquantized, source_name
 from .targets.base import CheckpointTarget, Target
 from .targets.choose import choose_target
@@ -83,9 +82,6 @@ def upcycle_checkpoint(
     >>> report = upcycle_checkpoint("meta-llama/Llama-3.2-1B", "llama-moe", num_experts=8, top_k=2)
     ```
     """
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"`destination` {str(destination)!r} exists and is not an empty folder; choose another one.")
     choices = resolve_choices(num_experts, top_k, experts, shared, router, weights, scale, seed)
     folder = _folder(source)
     model = _skeleton(folder)
@@ -104,25 +100,14 @@ def upcycle_checkpoint(
     config.dtype = model.config.dtype
     config.upcycling = {**plan.provenance(writer.exactness(config, plan)), "target": writer.name}
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-    try:
-        done, num_bytes = _convert(folder, partial, model, sites, plan, writer, config, max_shard_size)
+    with CheckpointWriter(destination, max_shard_size) as shards:
+        done = _convert(CheckpointReader(folder), shards, model, sites, plan, writer, config)
         result = _meta_result(writer, model, config)
         config.architectures = [type(result).__name__]
-        write_shim(partial, config)
-        config.save_pretrained(partial)
-        _copy_rest(folder, partial)
-        partial.chmod(0o755)  # temporary folders are made for their owner alone
-        if destination.exists():
-            destination.rmdir()
-        os.replace(partial, destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    report = make_report(plan, writer, writer.exactness(config, plan), model, result, done, None)
-    report.num_bytes = num_bytes
-    return report
+        write_shim(shards.partial, config)
+        config.save_pretrained(shards.partial)
+        _copy_rest(folder, shards.partial)
+    return make_report(plan, writer, writer.exactness(config, plan), model, result, done, None)
 
 
 def _folder(source: str | os.PathLike) -> Path:
@@ -149,48 +134,39 @@ def _meta_result(writer: CheckpointTarget, model: PreTrainedModel, config: Any) 
 
 
 def _convert(
-    folder: Path,
-    partial: Path,
+    reader: CheckpointReader,
+    shards: CheckpointWriter,
     model: PreTrainedModel,
     sites: list[FeedForwardSite],
     plan: UpcyclePlan,
     writer: CheckpointTarget,
     config: Any,
-    max_shard_size: int,
-) -> tuple[list, int]:
-    names = {site.name for site in sites}
-    with ShardReader(folder) as reader:
-        keys = set(reader.keys())
-        expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", None) or {})
-        missing = sorted(expected - keys)
-        if missing:
-            raise ValueError(
-                f"{str(folder)!r} does not hold the weights of a {type(model).__name__} under their current names "
-                f"({missing[0]!r} is missing), so it cannot be converted file by file; use `hf_moe.upcycle`."
-            )
-        shards = ShardWriter(partial, max_shard_size)
-        done = []
-        for site in tqdm(sites, desc=f"Upcycling to {writer.name}"):
-            ffn = extract_feed_forward(_filled(site, reader))
-            layer = build_layer(plan, writer, config, ffn, site.name, site.layer_name, site.layer_idx)
-            for key, tensor in writer.layer_tensors(layer).items():
-                shards.add(key, tensor)
-            done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
-        tied = (
-            set(getattr(model, "all_tied_weights_keys", None) or {})
-            if getattr(config, "tie_word_embeddings", False)
-            else set()
+) -> list[UpcycledLayer]:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = sorted(set(model.state_dict()) - tied - reader.keys())
+    if missing:
+        raise ValueError(
+            f"{str(reader.folder)!r} does not hold the weights of a {type(model).__name__} under their current names "
+            f"({missing[0]!r} is missing), so it cannot be converted file by file; use `hf_moe.upcycle`."
         )
-        for key in tqdm(reader.keys(), desc="Copying the rest"):
-            if not writer.drops(key, names) and key not in tied:
-                shards.add(key, reader.tensor(key))
-        shards.close()
-    return done, shards.num_bytes
+    done = []
+    for site in tqdm(sites, desc=f"Upcycling to {writer.name}"):
+        ffn = extract_feed_forward(_filled(site, reader))
+        layer = build_layer(plan, writer, config, ffn, site.name, site.layer_name, site.layer_idx)
+        for key, tensor in writer.layer_tensors(layer).items():
+            shards.add(key, tensor.clone())  # copies may be one tensor, which a file cannot hold twice
+        done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
+    names = {site.name for site in sites}
+    left_out = tied if getattr(config, "tie_word_embeddings", False) else set()
+    for key in tqdm(sorted(reader.keys()), desc="Copying the rest"):
+        if not writer.drops(key, names) and key not in left_out:
+            shards.add(key, reader[key])
+    return done
 
 
-def _filled(site: FeedForwardSite, reader: ShardReader) -> nn.Module:
+def _filled(site: FeedForwardSite, reader: CheckpointReader) -> nn.Module:
     """The feed-forward of one layer, with weights; the skeleton keeps none."""
-    entries = {name: reader.tensor(f"{site.name}.{name}") for name in site.module.state_dict()}
+    entries = {name: reader[f"{site.name}.{name}"] for name in site.module.state_dict()}
     dtype = next(iter(entries.values())).dtype
     module = copy.deepcopy(site.module).to_empty(device="cpu").to(dtype)
     module.load_state_dict(entries)

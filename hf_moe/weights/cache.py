@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_moe.files import current_umask
+
 
 __all__ = ["building", "default_cache_dir", "find_damage", "write_manifest"]
 
@@ -74,13 +76,6 @@ def building(target: Path, *, replace: bool = False) -> Iterator[Path]:
             os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -59,4 +59,4 @@ def test_bad_options_get_one_sentence_and_leave_nothing(source, tmp_path, capsys
 
 def test_a_destination_in_use_is_refused(source, tmp_path, capsys):
     assert main(["upcycle", str(source), str(source)]) == 2
-    assert "is not an empty folder" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_moe import upcycle, upcycle_checkpoint
+from hf_moe.checkpoints import CheckpointWriter
 from hf_moe.upcycling import Drop, ImportanceShared, KMeans
-from hf_moe.upcycling.shards import ShardReader, ShardWriter
 
 
 @pytest.fixture
@@ -68,18 +68,19 @@ def test_the_index_names_every_tensor_in_the_file_that_holds_it(source, tmp_path
             assert set(file.keys()) == {key for key, where in index["weight_map"].items() if where == name}
 
 
-def test_only_one_layer_is_in_memory_at_a_time(source, tmp_path, monkeypatch):
+def test_no_more_than_a_shard_is_kept(source, tmp_path, monkeypatch):
     largest = 0
-    add = ShardWriter.add
+    add = CheckpointWriter.add
 
     def watch(self, key, tensor):
         nonlocal largest
         add(self, key, tensor)
-        largest = max(largest, self._pending_bytes)
+        largest = max(largest, self._shard_bytes)
 
-    monkeypatch.setattr(ShardWriter, "add", watch)
+    monkeypatch.setattr(CheckpointWriter, "add", watch)
     upcycle_checkpoint(source, tmp_path / "moe", num_experts=4, top_k=2, target="moe_llama", max_shard_size=1)
-    assert largest == 0  # every tensor went to disk as it came
+    biggest = max(t.nbytes for t in AutoModelForCausalLM.from_pretrained(tmp_path / "moe").state_dict().values())
+    assert largest == biggest
 
 
 def test_recipes_that_need_data_are_sent_to_upcycle(source, tmp_path):
@@ -92,7 +93,7 @@ def test_recipes_that_need_data_are_sent_to_upcycle(source, tmp_path):
 def test_a_truncated_shard_is_named_and_nothing_is_left(source, tmp_path):
     shard = sorted(source.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=rf"{shard.name}.*cannot be read"):
+    with pytest.raises(ValueError, match=shard.name):
         upcycle_checkpoint(source, tmp_path / "moe", num_experts=4, top_k=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
@@ -100,13 +101,13 @@ def test_a_truncated_shard_is_named_and_nothing_is_left(source, tmp_path):
 def test_a_folder_with_something_in_it_is_not_overwritten(source, tmp_path):
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="exists already"):
         upcycle_checkpoint(source, tmp_path / "moe", num_experts=4, top_k=2)
     assert (tmp_path / "moe" / "notes.txt").read_text() == "mine"
 
 
-def test_a_checkpoint_without_safetensors_says_what_to_do(source, tmp_path):
+def test_a_checkpoint_without_weights_says_what_to_do(source, tmp_path):
     for path in source.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(ValueError, match="save it once with `save_pretrained`"):
-        ShardReader(source)
+    with pytest.raises(ValueError, match="holds no weights"):
+        upcycle_checkpoint(source, tmp_path / "moe", num_experts=4, top_k=2)
