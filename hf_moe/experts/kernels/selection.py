@@ -89,12 +89,22 @@ DEFAULT_TABLE = SelectionTable(
 def machine() -> dict[str, Any]:
     """What a measurement depends on: the CPU, the number of threads and torch's version."""
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "host": platform.node(),
     }
+
+
+def cpu_name() -> str:
+    """What the system calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def table_path() -> Path:
