@@ -85,6 +85,11 @@ class DenseFeedForward:
         """Whether any of the three maps has a bias."""
         return any(b is not None for b in (self.gate_bias, self.up_bias, self.down_bias))
 
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """[W_g; W_u], `(2I, D)`, or W_u alone without a gate: the first matrix of stacked experts."""
+        return self.up if self.gate is None else torch.cat([self.gate, self.up])
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor there is, by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -105,7 +110,9 @@ class DenseFeedForward:
         """
         act = ACT2FN[self.activation]
         state = F.linear(hidden_states, self.up, self.up_bias)
-        return act(F.linear(hidden_states, self.gate, self.gate_bias)) * state if self.gated else act(state)
+        if self.gate is None:
+            return act(state)
+        return act(F.linear(hidden_states, self.gate, self.gate_bias)) * state
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """F(x), `(..., D) -> (..., D)`."""
@@ -218,12 +225,10 @@ def extract_feed_forward(module: nn.Module, activation: str | None = None, verif
     names = projection_names(module)
     if names is None:
         raise ValueError(
-            f"{type(module).__name__} is not a plain feed-forward: expected linear layers named "
-            "`gate_proj, up_proj, down_proj`, `c_fc, c_proj`, `fc1, fc2` or `dense_h_to_4h, dense_4h_to_h` and no "
-            "other "
-            "parameters."
+            f"{type(module).__name__} is not a plain feed-forward: expected linear layers named `gate_proj, up_proj, "
+            "down_proj`, `c_fc, c_proj`, `fc1, fc2` or `dense_h_to_4h, dense_4h_to_h` and no other parameters."
         )
-    weights: dict[str, torch.Tensor | None] = {}
+    weights: dict[str, Any] = {}
     for part, name in zip(("gate", "up", "down"), names, strict=True):
         if name is not None:
             linear = getattr(module, name)
@@ -328,15 +333,14 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
             f"{kind} has feed-forwards in several stacks of layers ({', '.join(stacks)}), so `layers={layers!r}` is "
             f"ambiguous: pass a regular expression such as {re.escape(stacks[0])!r}."
         )
-    num_layers = len(model.get_submodule(stacks[0]))
+    num_layers = sum(1 for _ in model.get_submodule(stacks[0]).children())
     chosen = _indices(layers, num_layers)
     by_index = {s.layer_idx: s for s in sites}
     if len(by_index) < len(sites):
         twice = next(s for s in sites if by_index[s.layer_idx] is not s)
         raise ValueError(
             f"{kind} has several feed-forwards in one layer (`{twice.name}`, `{by_index[twice.layer_idx].name}`): "
-            "pass a "
-            "regular expression as `layers` that selects one of them."
+            "pass a regular expression as `layers` that selects one of them."
         )
     missing = [i for i in chosen if i not in by_index]
     if missing and not (isinstance(layers, str)):
@@ -391,8 +395,7 @@ def _by_pattern(sites: list[FeedForwardSite], pattern: str, kind: str) -> list[F
     except re.error as error:
         raise ValueError(
             f"`layers={pattern!r}` is neither 'all', 'every:<m>', 'first_half', 'second_half' nor a regular "
-            "expression "
-            f"({error})."
+            f"expression ({error})."
         ) from error
     found = [s for s in sites if expression.search(s.name)]
     if not found:

@@ -239,10 +239,12 @@ def _split_shared(plan, ffn, stats, generator) -> tuple[torch.Tensor, torch.Tens
 def _scale(plan: UpcyclePlan, router: RouterStart, stats: LayerStatistics | None) -> float:
     """The plan's scale; where the sum of the weights depends on the token, corrected by its measured mean."""
     scale = plan.exactness.scale
-    measurable = stats is not None and stats.router_inputs is not None and router.weight is not None
-    if plan.scale != "auto" or plan.rule.total(plan.top_k, plan.num_experts) is not None or not measurable:
+    inputs = None if stats is None else stats.router_inputs
+    if plan.scale != "auto" or plan.rule.total(plan.top_k, plan.num_experts) is not None:
         return scale
-    logits = torch.nn.functional.linear(stats.router_inputs, router.weight.float(), router.bias)
+    if inputs is None or router.weight is None:
+        return scale
+    logits = torch.nn.functional.linear(inputs, router.weight.float(), router.bias)
     weights, index = plan.rule.apply(logits, plan.top_k)
     # Slots of zero-computation experts carry nothing of the feed-forward.
     mean = float((weights * (index < plan.num_experts)).sum(dim=-1).mean())

@@ -150,12 +150,12 @@ def resolve_choices(
     _check_numbers(num_experts, top_k, scale, shared, seed)
     experts = Copy() if experts is None else experts
     if not isinstance(experts, ExpertBuilder):
-        hint = f": write {experts.__name__}(...)" if inspect.isclass(experts) else ""
-        raise TypeError(f"`experts` must be an expert builder such as Copy(), got {experts!r}{hint}.")
+        raise TypeError(f"`experts` must be an expert builder such as Copy(), got {experts!r}{_call_hint(experts)}.")
     router = experts.default_router() if isinstance(router, str) and router == "auto" else router
     if not isinstance(router, RouterInit):
-        hint = f": write {router.__name__}(...)" if inspect.isclass(router) else ""
-        raise TypeError(f"`router` must be 'auto' or a router start such as Normal(0.02), got {router!r}{hint}.")
+        raise TypeError(
+            f"`router` must be 'auto' or a router start such as Normal(0.02), got {router!r}{_call_hint(router)}."
+        )
     rule = resolve_weight_rule(weights)
     experts.validate(num_experts, top_k)
     router.validate(num_experts, top_k)
@@ -240,7 +240,7 @@ def make_plan(
     plan = UpcyclePlan(
         source=source,
         source_config=model.config,
-        num_layers=len(model.get_submodule(stack)),
+        num_layers=sum(1 for _ in model.get_submodule(stack).children()),
         layers=tuple(site.layer_idx for site in sites),
         modules=tuple(site.name.removeprefix(prefix) for site in sites),
         form=forms[0].map(lambda t: t.to("meta")),
@@ -298,6 +298,11 @@ def _check_numbers(num_experts: Any, top_k: Any, scale: Any, shared: Any, seed: 
             raise ValueError(f"`shared` must be None, 'dense', 'residual' or a number in (0, 1), got {shared!r}.")
     elif shared is not None and (isinstance(shared, bool) or not 0 < shared < 1):
         raise ValueError(f"`shared` must be None, 'dense', 'residual' or a number in (0, 1), got {shared!r}.")
+
+
+def _call_hint(value: Any) -> str:
+    """For a class where an instance of it was meant."""
+    return f": write {value.__name__}(...)" if inspect.isclass(value) else ""
 
 
 def _find_tokenizer(model: PreTrainedModel, calibration: Any, router: RouterInit) -> Any:

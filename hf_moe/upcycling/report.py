@@ -141,8 +141,7 @@ class UpcycleReport:
         gap = self.measured
         return (
             f"{text}; measured max |Δ{gap.output}| {gap.max_difference:.2g} on {gap.num_tokens} {gap.tokens} tokens "
-            "in "
-            f"{gap.dtype} (largest |{gap.output}| {gap.largest:.3g})"
+            f"in {gap.dtype} (largest |{gap.output}| {gap.largest:.3g})"
         )
 
     def rows(self) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 __all__ = ["check_source", "check_unquantized", "is_adapter", "is_peft_model", "load_source", "source_name"]
@@ -67,17 +67,17 @@ def _load(name: str, argument: str) -> PreTrainedModel:
     architecture = (config.architectures or [""])[0]
     cls = getattr(transformers, architecture, AutoModelForCausalLM)
     try:
-        model, info = cls.from_pretrained(name, dtype="auto", output_loading_info=True)
+        loaded: Any = cls.from_pretrained(name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
     except SafetensorError as error:
         raise ValueError(
             f"The weights of {name!r} cannot be read ({error}): the file is truncated or damaged; download it again."
         ) from error
+    model, info = loaded
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if lacking:
         raise ValueError(
             f"The checkpoint {name!r} does not fill a {type(model).__name__}: {len(lacking)} weights are missing or "
-            "of "
-            f"another shape, the first is {lacking[0]!r}. Use the checkpoint its config belongs to."
+            f"of another shape, the first is {lacking[0]!r}. Use the checkpoint its config belongs to."
         )
     return model.eval()
 

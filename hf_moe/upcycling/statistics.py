@@ -15,7 +15,15 @@ from tqdm.auto import tqdm
 from .feed_forward import FeedForwardSite, projection_names
 
 
-__all__ = ["LayerStatistics", "calibration_batches", "capture_inputs", "collect_statistics", "encode", "random_batch"]
+__all__ = [
+    "LayerStatistics",
+    "calibration_batches",
+    "capture_inputs",
+    "collect_statistics",
+    "encode",
+    "random_batch",
+    "required",
+]
 
 #: Tokens of which `router_inputs` and `activations` are kept per layer, at most.
 MAX_KEPT_TOKENS = 8192
@@ -45,6 +53,31 @@ class LayerStatistics:
             activations=None if self.activations is None else self.activations[:, index],
             importance={name: values[index] for name, values in self.importance.items()},
         )
+
+
+def required(stats: LayerStatistics | None, name: str, who: Any) -> torch.Tensor:
+    """One of the statistics a recipe reads.
+
+    Args:
+        stats ([`LayerStatistics`], *optional*): What was collected.
+        name (`str`): `"router_inputs"`, `"activations"`, `"taylor"` or `"contribution"`.
+        who: The builder or router start that reads it, for the message.
+
+    Returns:
+        `torch.Tensor`
+
+    Raises:
+        ValueError: it was not collected.
+    """
+    found = None
+    if stats is not None:
+        found = getattr(stats, name) if name in ("router_inputs", "activations") else stats.importance.get(name)
+    if found is None:
+        raise ValueError(
+            f"`{type(who).__name__}` reads the statistics {name!r}, which were not collected: pass `stats` from "
+            "`collect_statistics`, or `calibration` to `upcycle`."
+        )
+    return found
 
 
 def random_batch(vocab_size: int, seed: int = 0, batch: int = 1, length: int = 128) -> dict[str, torch.Tensor]:
@@ -152,13 +185,13 @@ def collect_statistics(
     Raises:
         ValueError: `"taylor"` for a model that returns no loss.
     """
-    needs = set(needs)
+    needs, device = set(needs), next(model.parameters()).device
     observers = {site.layer_idx: _Observer(site, needs) for site in sites}
     with eval_mode(model), ExitStack() as stack:
         for observer in observers.values():
             stack.enter_context(observer)
         for batch in tqdm(batches, desc="Calibrating", disable=len(batches) < 2):
-            batch = {k: v.to(model.device) for k, v in batch.items()}
+            batch = {k: v.to(device) for k, v in batch.items()}
             mask = batch.get("attention_mask")
             mask = None if mask is None or mask.ndim != 2 else mask.reshape(-1).bool()
             for observer in observers.values():
@@ -200,7 +233,10 @@ class _Observer:
 
     def __init__(self, site: FeedForwardSite, needs: set[str]):
         self.site, self.needs = site, needs
-        self.down = getattr(site.module, projection_names(site.module)[2])
+        names = projection_names(site.module)
+        if names is None:
+            raise ValueError(f"`{site.name}` ({type(site.module).__name__}) is not a plain feed-forward.")
+        self.down = getattr(site.module, names[2])
         self.mask: torch.Tensor | None = None
         self.state: torch.Tensor | None = None
         self.kept: dict[str, list[torch.Tensor]] = {"router_inputs": [], "activations": []}
@@ -252,7 +288,7 @@ class _Observer:
     def result(self) -> LayerStatistics:
         importance = {name: total / max(self.num_tokens, 1) for name, total in self.sums.items()}
         if "contribution" in importance:
-            weight = self.down.weight.detach().float().cpu()
+            weight: torch.Tensor = self.down.weight.detach().float().cpu()
             # `nn.Linear` stores (D, I), GPT-2's `Conv1D` (I, D).
             dim = 0 if isinstance(self.down, nn.Linear) else 1
             importance["contribution"] = importance["contribution"] * weight.norm(dim=dim)

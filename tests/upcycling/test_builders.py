@@ -452,3 +452,12 @@ def test_importance_shared_refuses_uneven_rests():
         ImportanceShared(8, "magnitude")
     with pytest.raises(ValueError, match=r"`shared` must not be negative"):
         ImportanceShared(-1)
+
+
+@pytest.mark.parametrize(("builder", "name"), [
+    (Split("importance"), "taylor"), (Split("coactivation"), "activations"), (ImportanceShared(8), "taylor")
+])  # fmt: skip
+def test_missing_statistics_are_named(builder, name):
+    for stats in (None, LayerStatistics()):
+        with pytest.raises(ValueError, match=f"reads the statistics '{name}', which were not collected"):
+            builder.build(toy_ffn(), 4, stats)

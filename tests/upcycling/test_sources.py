@@ -95,3 +95,14 @@ def test_names_are_hub_ids_folder_names_or_classes(tmp_path):
     assert source_name(model) == "me/model" == source_name("me/model")
     (tmp_path / "mine").mkdir()
     assert source_name(str(tmp_path / "mine")) == source_name(tmp_path / "mine") == "mine"
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    tiny_dense("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["intermediate_size"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"does not fill a LlamaForCausalLM: 6 weights are missing or of another shape"
+    ):
+        upcycle(tmp_path, num_experts=2, top_k=1)

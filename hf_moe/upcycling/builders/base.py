@@ -3,7 +3,7 @@
 Shapes: D hidden, I intermediate, N experts, K per token.
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +109,8 @@ class ExpertBuilder:
 
     def describe(self) -> dict[str, Any]:
         """Name and parameters, JSON-serialisable."""
-        return {"name": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+        names = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {"name": type(self).__name__, **{name: _plain(getattr(self, name)) for name in names}}
 
 
 def _plain(value: Any) -> Any:

@@ -126,9 +126,8 @@ class FromModels(ExpertBuilder):
             want, got = getattr(base.config, name, None), getattr(tuned.config, name, None)
             if want != got:
                 raise ValueError(
-                    f"{source_name(source)} has `{name}` = {got}, the model being upcycled {want}: all `models` "
-                    "must be "
-                    "fine-tunes of one base."
+                    f"{source_name(source)} has `{name}` = {got}, the model being upcycled {want}: all `models` must "
+                    "be fine-tunes of one base."
                 )
 
     def _accumulate(self, average, tuned, names):
@@ -187,9 +186,8 @@ def _check_form(ffn: DenseFeedForward, base: DenseFeedForward, source: Any, site
     got, want = ({k: tuple(t.shape) for k, t in f.tensors().items()} for f in (ffn, base))
     if got != want or ffn.activation != base.activation:
         raise ValueError(
-            f"The feed-forward `{site.name}` of {source_name(source)} has another form ({ffn.activation}, {got}) "
-            "than that of "
-            f"the model being upcycled ({base.activation}, {want})."
+            f"The feed-forward `{site.name}` of {source_name(source)} has another form ({ffn.activation}, {got}) than "
+            f"that of the model being upcycled ({base.activation}, {want})."
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_moe.upcycling.exactness import Exactness
+from hf_moe.upcycling.statistics import required
 
 from .base import ExpertBuilder
 
@@ -53,14 +54,13 @@ class ImportanceShared(ExpertBuilder):
         if rest % num_experts:
             raise ValueError(
                 f"With `shared` = {shared} of {intermediate_size} channels, {rest} are left, which {num_experts} "
-                "experts "
-                f"cannot have in equal parts; use `shared={shared + rest % num_experts}`."
+                f"experts cannot have in equal parts; use `shared={shared + rest % num_experts}`."
             )
         return shared + rest // num_experts
 
     def build(self, ffn, num_experts, stats=None, generator=None, layer_idx=0):
         self.expert_width(ffn.intermediate_size, num_experts)
-        return [ffn.channels(index) for index in self.deal(stats.importance[self.measure], num_experts)]
+        return [ffn.channels(index) for index in self.deal(required(stats, self.measure, self), num_experts)]
 
     def deal(self, importance: torch.Tensor, num_experts: int) -> list[torch.Tensor]:
         """Channels of each expert, the shared ones first.

@@ -6,6 +6,7 @@ import torch
 
 from hf_moe.upcycling.clustering import balanced_kmeans
 from hf_moe.upcycling.exactness import Exactness
+from hf_moe.upcycling.statistics import required
 
 from .base import ExpertBuilder
 
@@ -58,7 +59,7 @@ class Split(ExpertBuilder):
         if self.method == "random":
             return [p.sort().values for p in torch.randperm(size, generator=generator).chunk(num_experts)]
         if self.method == "importance":
-            order = stats.importance["taylor"].argsort(descending=True, stable=True)
+            order = required(stats, "taylor", self).argsort(descending=True, stable=True)
             # There and back again (0 1 2 2 1 0 ...), so that no expert always gets the better one of a round.
             turn = torch.arange(size) // num_experts % 2
             seat = torch.arange(size) % num_experts
@@ -67,7 +68,7 @@ class Split(ExpertBuilder):
         if self.method == "kmeans":
             features = ffn.up.float().cpu()
         else:
-            active = stats.activations.abs()  # (T, I)
+            active = required(stats, "activations", self).abs()  # (T, I)
             features = (active > active.mean(dim=-1, keepdim=True)).float().t()  # (I, T)
             features = features / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         labels, _ = balanced_kmeans(features, num_experts, generator)

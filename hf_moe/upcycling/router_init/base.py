@@ -1,6 +1,6 @@
 """The contract of router starts: the first value of the `(N, D)` router matrix of each layer."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,4 +70,5 @@ class RouterInit:
 
     def describe(self) -> dict[str, Any]:
         """Name and parameters, JSON-serialisable."""
-        return {"name": type(self).__name__, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        names = [f.name for f in fields(self)] if is_dataclass(self) else []
+        return {"name": type(self).__name__, **{name: getattr(self, name) for name in names}}

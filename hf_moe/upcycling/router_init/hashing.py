@@ -23,9 +23,8 @@ class Hash(RouterInit):
     def __post_init__(self):
         if self.router_type not in list_routers():
             raise ValueError(
-                f"`router=Hash()` needs a router registered as 'hash', but there are only {list_routers()}. "
-                "Register one "
-                "with `hf_moe.register_router`, or use Normal(0.02)."
+                f"`router=Hash()` needs a router registered as 'hash', but there are only {list_routers()}. Register "
+                "one with `hf_moe.register_router`, or use Normal(0.02)."
             )
 
     def build(self, num_experts, hidden_size, stats=None, generator=None, layer_idx=0):

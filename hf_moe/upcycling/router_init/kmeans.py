@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hf_moe.upcycling.clustering import balanced_kmeans
+from hf_moe.upcycling.statistics import required
 
 from .base import RouterInit
 
@@ -36,7 +37,7 @@ class KMeans(RouterInit):
             raise ValueError(f"`max_points` must be at least 1, got {self.max_points}.")
 
     def build(self, num_experts, hidden_size, stats=None, generator=None, layer_idx=0):
-        _, rows = balanced_kmeans(stats.router_inputs[: self.max_points], num_experts, generator)
+        _, rows = balanced_kmeans(required(stats, "router_inputs", self)[: self.max_points], num_experts, generator)
         if self.center and num_experts > 1:
             rows = rows - rows.mean(dim=0)
         return rows * (self.norm / rows.norm(dim=-1).mean().clamp_min(1e-12))

@@ -97,8 +97,8 @@ class Prompts(RouterInit):
             layer = site.layer_idx
             parts = []
             for positive, negative in vectors.values():
-                sides = [torch.stack([v[layer] for v in side]) if side else None for side in (positive, negative)]
-                parts.append(prompt_row(*sides))
+                away = torch.stack([v[layer] for v in negative]) if negative else None
+                parts.append(prompt_row(torch.stack([v[layer] for v in positive]), away))
             rows[layer] = torch.stack(parts)
         self._warn_if_degenerate(rows)
         return replace(self, rows=rows)
@@ -122,12 +122,12 @@ class Prompts(RouterInit):
 
     def _warn_if_degenerate(self, rows: dict[int, torch.Tensor]) -> None:
         conditions = {layer: float(torch.linalg.cond(matrix)) for layer, matrix in rows.items()}
-        worst = max(conditions, key=conditions.get)
+        worst = max(conditions, key=lambda layer: conditions[layer])
         if conditions[worst] > CONDITION_LIMIT:
             logger.warning(
                 "The prompts of different experts look alike to the router (condition number "
-                f"{conditions[worst]:.3g} in "
-                f"layer {worst}, best below {CONDITION_LIMIT:g}): add negative prompts or more distinct ones."
+                f"{conditions[worst]:.3g} in layer {worst}, best below {CONDITION_LIMIT:g}): add negative "
+                "prompts or more distinct ones."
             )
 
     def build(self, num_experts, hidden_size, stats=None, generator=None, layer_idx=0):

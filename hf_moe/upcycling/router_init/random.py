@@ -72,8 +72,7 @@ class Zeros(RouterInit):
         if top_k < num_experts:
             raise ValueError(
                 f"`router=Zeros()` makes all {num_experts} logits equal, and ties send every token to the same "
-                f"{top_k} "
-                f"experts, so the others never train. Use Normal(0.02), or `top_k={num_experts}`."
+                f"{top_k} experts, so the others never train. Use Normal(0.02), or `top_k={num_experts}`."
             )
 
     def build(self, num_experts, hidden_size, stats=None, generator=None, layer_idx=0):

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from hf_moe.routing.registry import build_router
 from hf_moe.upcycling.feed_forward import DenseFeedForward
 from hf_moe.upcycling.plan import RouterStart, UpcyclePlan
+from hf_moe.upcycling.statistics import required
 
 from .base import CheckpointTarget
 
@@ -132,7 +133,7 @@ class BackboneTarget(CheckpointTarget):
         entries |= {k: v for k, v in replaced.items() if v is not None}
         first = layer.experts[0]
         up_name = "gate_up_proj" if first.gated else "up_proj"
-        entries[f"{block}.experts.{up_name}"] = torch.stack([_up(e) for e in layer.experts])
+        entries[f"{block}.experts.{up_name}"] = torch.stack([e.gate_up for e in layer.experts])
         entries[f"{block}.experts.down_proj"] = torch.stack([e.down for e in layer.experts])
         if first.biased:
             entries[f"{block}.experts.{up_name}_bias"] = torch.stack([_up_bias(e) for e in layer.experts])
@@ -152,10 +153,6 @@ def router_state(config: PreTrainedConfig, plan: UpcyclePlan, layer_idx: int) ->
         return build_router(config, layer_idx).state_dict()
 
 
-def _up(ffn: DenseFeedForward) -> torch.Tensor:
-    return torch.cat([ffn.gate, ffn.up]) if ffn.gated else ffn.up
-
-
 def _up_bias(ffn: DenseFeedForward) -> torch.Tensor:
     zero = ffn.up.new_zeros(ffn.intermediate_size)
     parts = [ffn.gate_bias, ffn.up_bias] if ffn.gated else [ffn.up_bias]
@@ -168,7 +165,7 @@ def _down_bias(ffn: DenseFeedForward) -> torch.Tensor:
 
 def _dense(prefix: str, ffn: DenseFeedForward, biased: bool) -> dict[str, torch.Tensor]:
     entries = {f"{prefix}.up_proj.weight": ffn.up, f"{prefix}.down_proj.weight": ffn.down}
-    if ffn.gated:
+    if ffn.gate is not None:
         entries[f"{prefix}.gate_proj.weight"] = ffn.gate
     if biased:
         halves = _up_bias(ffn).split(ffn.intermediate_size)
@@ -252,13 +249,15 @@ class MoePlusPlusTarget(BackboneTarget):
 
     def start_router(self, config, plan, rows, stats, generator, layer_idx):
         start = super().start_router(config, plan, None, stats, generator, layer_idx)
+        if rows is None or start.extra is None:
+            raise ValueError(f"`router={type(plan.router).__name__}(...)` gives no matrix, which MoE++ needs.")
         count, constants = config.num_zero_computation_experts, config.num_constant_experts
         bias = torch.zeros(plan.num_experts + count)
         if count:
             # The same size as the other rows, so that tokens differ in how near they are to a ZC expert.
             typical = rows.norm(dim=-1).mean() / rows.shape[-1] ** 0.5
             extra_rows = typical * torch.randn(count, rows.shape[-1], generator=generator)
-            inputs = stats.router_inputs.float()
+            inputs = required(stats, "router_inputs", self).float()
             last_chosen = F.linear(inputs, rows).topk(plan.top_k, dim=-1).values[:, -1]  # m, (T,)
             best_extra = F.linear(inputs, extra_rows).amax(dim=-1)  # z, (T,)
             room = last_chosen - best_extra

@@ -175,7 +175,7 @@ class CheckpointTarget(Target):
             entries = {k: v for k, v in entries.items() if k not in _tied_keys(model)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)  # for weights that keep their own initialisation
-            result, info = self.model_class(model, config).from_pretrained(
+            loaded: Any = self.model_class(model, config).from_pretrained(
                 None,
                 config=config,
                 state_dict=entries,
@@ -183,6 +183,7 @@ class CheckpointTarget(Target):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, with the way out
             )
+        result, info = loaded
         problems = sorted(k for k in info["missing_keys"] if not self.may_be_missing(k))
         problems += sorted(info["unexpected_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
         if problems:
@@ -196,9 +197,9 @@ class CheckpointTarget(Target):
         return result.to(model.device).eval()
 
 
-def _field_names(config_class: type) -> set[str]:
+def _field_names(config_class: Any) -> set[str]:
     names = {f.name for f in fields(config_class)} if is_dataclass(config_class) else set()
-    return names | set(config_class.attribute_map)
+    return names | set(getattr(config_class, "attribute_map", {}))
 
 
 def _tied_keys(model: PreTrainedModel) -> set[str]:
@@ -218,7 +219,7 @@ def _unshared(entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def head_mapping(model: PreTrainedModel) -> tuple[str, Any]:
     """The head a model has and transformers' table of classes with that head (`None` for heads not in `HEADS`)."""
     for head, mapping in HEADS.items():
-        cls = mapping.get(type(model.config), None)
+        cls: Any = mapping.get(type(model.config), None)
         if cls is not None and isinstance(model, cls):
             return head, mapping
     return "unknown", None

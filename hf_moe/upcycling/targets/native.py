@@ -5,6 +5,8 @@ Entries are named as each family *saves* them; its own converters fuse the exper
 Shapes: D hidden, I expert width, N experts.
 """
 
+from typing import Any
+
 import torch
 
 from hf_moe.upcycling.feed_forward import DenseFeedForward
@@ -169,14 +171,12 @@ class GraniteMoeTarget(NativeTarget):
         block = f"{layer.layer_name}.block_sparse_moe"
         entries = {
             f"{block}.router.layer.weight": layer.router.weight,
-            f"{block}.input_linear.weight": torch.stack(
-                [torch.cat([e.gate, e.up]) for e in layer.experts]
-            ),  # (N,2I,D)
+            f"{block}.input_linear.weight": torch.stack([e.gate_up for e in layer.experts]),  # (N, 2I, D)
             f"{block}.output_linear.weight": torch.stack([e.down for e in layer.experts]),  # (N, D, I)
         }
         if layer.shared is not None:
             shared = f"{layer.layer_name}.shared_mlp"
-            entries[f"{shared}.input_linear.weight"] = torch.cat([layer.shared.gate, layer.shared.up])
+            entries[f"{shared}.input_linear.weight"] = layer.shared.gate_up
             entries[f"{shared}.output_linear.weight"] = layer.shared.down
         return entries
 
@@ -206,7 +206,7 @@ class FlexOlmoTarget(NativeTarget):
         return entries
 
 
-def _gated(prefix: str, ffn: DenseFeedForward) -> dict[str, torch.Tensor]:
+def _gated(prefix: str, ffn: DenseFeedForward) -> dict[str, Any]:
     return {
         f"{prefix}.gate_proj.weight": ffn.gate,
         f"{prefix}.up_proj.weight": ffn.up,
