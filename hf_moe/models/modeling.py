@@ -98,7 +98,8 @@ class MoePreTrainedMixin:
 
     # transformers decides by searching the model's source file for the decorator; our banks live elsewhere.
     _can_set_experts_implementation_cached_value = True
-    _keep_in_fp32_modules_strict = {r"mlp\.gate\."}
+    # With the dot that follows, else `mlp.gate_proj` of dense layers would match too.
+    _keep_in_fp32_modules_strict = {r"mlp\.gate(?=\.)"}
     #: Recorded by `capture_outputs`; a backbone adds its own layer and attention classes.
     ROUTER_RECORDS = {
         "router_logits": OutputRecorder(BaseRouter, index=0),

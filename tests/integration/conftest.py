@@ -7,6 +7,22 @@ from pathlib import Path
 import pytest
 
 
+# Marks that transformers' own tests carry; see test_transformers_battery.py.
+INHERITED_MARKS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "is_training_test",
+    "torch_compile_test",
+)
+
+
+def pytest_configure(config):
+    for mark in INHERITED_MARKS:
+        config.addinivalue_line("markers", f"{mark}: a mark of transformers' own tests")
+
+
 @pytest.fixture(scope="session")
 def smollm2_session():
     """Model and tokenizer, loaded once; the tests' own `HF_HOME` is empty, so the user's cache is named here."""
