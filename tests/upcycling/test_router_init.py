@@ -5,7 +5,7 @@ import pytest
 import torch
 from common.upcycling_toys import generator, ids, tiny_dense, tokens
 
-from hf_moe.upcycling import Hash, KMeans, Normal, Prompts, Repeated, Zeros, locate_feed_forwards
+from hf_moe.upcycling import KMeans, Normal, Prompts, Repeated, Zeros, locate_feed_forwards
 from hf_moe.upcycling.clustering import balanced_kmeans
 from hf_moe.upcycling.router_init.base import RouterInit
 from hf_moe.upcycling.router_init.prompts import prompt_row
@@ -71,16 +71,6 @@ def test_the_tie_trap_is_real():
         model(input_ids=ids())
     assert len(chosen[0].unique()) == 2
     assert all(torch.equal(row, chosen[0][0]) for row in chosen[0])
-
-
-def test_hash_is_refused_while_no_router_is_called_so():
-    from hf_moe.routing.registry import list_routers
-
-    if "hash" in list_routers():
-        assert Hash().build(4, 16) is None
-    else:
-        with pytest.raises(ValueError, match=r"needs a router registered as 'hash', but there are only"):
-            Hash()
 
 
 def test_the_base_says_what_to_define():
