@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Geometry": ".geometry",
         "compare": ".measure",
         "markdown_table": ".results",
+        "peak_bytes": ".memory",
         "plot": ".results",
         "tune": ".tuning",
     },

@@ -78,7 +78,6 @@ def build_compiled() -> Path:
     return folder / _LIBRARY
 
 
-@functools.cache
 def load_compiled(build: bool = False) -> bool:
     """Makes the operator callable in this process.
 

@@ -76,13 +76,16 @@ class Epilogue:
         """
         raise TypeError(f"{type(self).__name__} must implement `forward`.")
 
-    def backward(self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def backward(
+        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
         """Gradient of the first projection.
 
         Args:
             projected (`torch.Tensor` of shape `(halves, R, W / halves)`): First projection; is not changed.
             grad (`torch.Tensor` of shape `(R, I)`): Gradient of the activation; may be used as scratch.
             out (`torch.Tensor` of shape `(R, W)`): Where the result goes.
+            scratch (`torch.Tensor` of shape `(R, I)`): Memory to use.
 
         Returns:
             `out`.
@@ -102,13 +105,13 @@ class GatedEpilogue(Epilogue):
         gate, up = projected
         return self.activation.forward(gate, out=out).mul_(up)
 
-    def backward(self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def backward(
+        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
         gate, up = projected
         intermediate = grad.shape[-1]
-        activated = self.activation.forward(gate, out=torch.empty_like(gate))
-        torch.mul(grad, activated, out=out[:, intermediate:])
-        self.activation.backward(grad.mul_(up), gate, grad_input=activated)
-        out[:, :intermediate] = activated
+        torch.mul(grad, self.activation.forward(gate, out=scratch), out=out[:, intermediate:])
+        out[:, :intermediate] = self.activation.backward(grad.mul_(up), gate, grad_input=scratch)
         return out
 
 
@@ -121,7 +124,9 @@ class UnaryEpilogue(Epilogue):
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return self.activation.forward(projected[0], out=out)
 
-    def backward(self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def backward(
+        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
         return self.activation.backward(grad, projected[0], grad_input=out)
 
 
@@ -134,7 +139,9 @@ class CallableEpilogue(Epilogue):
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out.copy_(self.function(projected[0]))
 
-    def backward(self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def backward(
+        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
+    ) -> torch.Tensor:
         with torch.enable_grad():
             rows = projected[0].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.function(rows), rows, grad)

@@ -144,15 +144,14 @@ def _backward(
     grad_up, grad_up_bias, grad_down, grad_down_bias = grads
     grad_rows = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
     size = plan.max_rows
-    x_buffer = workspace.take("rows", (size, hidden), dtype)
-    g_buffer = workspace.take("gradient rows", (size, hidden), dtype)
+    buffer = workspace.take("rows", (size, hidden), dtype)  # first the gradient's rows, then the input's
     a_buffer = workspace.take("activated", (size, intermediate), dtype)
     back_buffer = workspace.take("activated gradient", (size, intermediate), dtype)
-    scratch = workspace.take("scratch", (size, intermediate), dtype)
     h_buffer = workspace.take("projected gradient", (size, width), dtype)
+    scratch = h_buffer.view(-1)[: size * intermediate].view(size, intermediate)
     for expert, start, end in dispatch.segments:
         count, rows = end - start, plan.rounded(end - start)
-        g = _gather(grad, dispatch.tokens[start:end], g_buffer, rows)
+        g = _gather(grad, dispatch.tokens[start:end], buffer, rows)
         w = weight_rows[start:end, None]
         h, a, back = kept[:, start : start + rows], a_buffer[:rows], back_buffer[:rows]
         torch.mm(g, plan.matrix(down, expert).t(), out=back)  # G
@@ -172,10 +171,10 @@ def _backward(
         if not need_projected:
             continue
         back[:count].mul_(w)
-        dh = plan.epilogue.backward(h, back, h_buffer[:rows])
+        dh = plan.epilogue.backward(h, back, h_buffer[:rows], a)
         dh[count:].zero_()
         if need_up:
-            x = _gather(hidden_states, dispatch.tokens[start:end], x_buffer, rows)
+            x = _gather(hidden_states, dispatch.tokens[start:end], buffer, rows)
             _weight_gradient(plan, x, dh, grad_up[expert])
         if need_up_bias:
             torch.sum(dh[:count], dim=0, out=grad_up_bias[expert])

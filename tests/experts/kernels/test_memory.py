@@ -1,0 +1,45 @@
+"""A training step needs no more memory than transformers' grouped_mm."""
+
+import pytest
+import torch
+
+from hf_moe.experts.benchmark import Geometry, peak_bytes
+from hf_moe.experts.benchmark.geometry import make_experts, make_routing
+from hf_moe.experts.kernels.workspace import MAX_KEPT_BYTES, Workspace
+
+
+def peak(path, dtype, tokens):
+    geometry = Geometry("tiny", 64, 128, 8, 2)
+    experts = make_experts(geometry, dtype)
+    experts.config._experts_implementation = path
+    hidden, index, weights = make_routing(geometry, tokens, dtype, torch.Generator().manual_seed(0))
+    hidden.requires_grad_()
+    weights.requires_grad_()
+    return peak_bytes(lambda: experts(hidden, index, weights).sum().backward())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["hf_moe", "hf_moe_exact", "hf_moe_bucketed"])
+def test_a_training_step_peaks_no_higher_than_with_grouped_mm(path, dtype):
+    assert peak(path, dtype, 2048) <= peak("grouped_mm", dtype, 2048)
+
+
+def test_the_measure_counts_what_lives_at_one_time():
+    assert peak_bytes(lambda: torch.zeros(1 << 20)) >= 4 << 20
+    assert peak_bytes(lambda: sum(torch.zeros(1 << 20).sum() for _ in range(3))) < 8 << 20
+
+
+def test_buffers_grow_are_used_again_and_are_bounded():
+    workspace = Workspace()
+    first = workspace.take("a", (10, 4), torch.float32)
+    again = workspace.take("a", (5, 4), torch.bfloat16)
+    assert first.shape == (10, 4) and again.shape == (5, 4) and again.dtype == torch.bfloat16
+    assert again.data_ptr() == first.data_ptr()
+    assert workspace.take("b", (10, 4), torch.float32).data_ptr() != first.data_ptr()
+    large = workspace.take("a", (MAX_KEPT_BYTES + 1,), torch.uint8)
+    assert large.numel() > MAX_KEPT_BYTES
+    assert workspace.take("a", (10, 4), torch.float32).data_ptr() == first.data_ptr()
+    assert workspace.take("empty", (0, 4), torch.float32).shape == (0, 4)
+    workspace.clear()
+    assert workspace._buffers == {}
