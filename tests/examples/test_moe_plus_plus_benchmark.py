@@ -15,7 +15,10 @@ def benchmark():
     return module
 
 
-SMALLEST = "--implementations grouped_mm --tokens 16 --rounds 2 --warmup 0 --hidden 32 --intermediate 16 --experts 8 --taus 0.25 0.75".split()
+SMALLEST = (
+    "--implementations grouped_mm --tokens 16 --rounds 2 --warmup 0 "
+    "--hidden 32 --intermediate 16 --experts 8 --taus 0.25 0.75"
+).split()
 
 
 def test_benchmark_writes_table_json_and_figure(benchmark, tmp_path, capsys):
