@@ -15,7 +15,6 @@ overwritten when that expert's turn comes; in backward the surplus rows are zero
 Shapes: T tokens, K slots per token, S slots in use, N experts, D hidden, I intermediate, W = 2I or I.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -290,6 +289,3 @@ class _FirstOrder(torch.autograd.Function):
             '`experts_implementation="hf_moe"` has no second derivative. Call '
             '`model.set_experts_implementation("eager")` for what differentiates gradients.'
         )
-
-
-Kernel = Callable[[ExpertBank, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
