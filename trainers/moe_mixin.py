@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_moe.routing import BalanceLosses, GlobalBalanceCallback, RouterScheduleCallback
 from hf_moe.routing.load_balancer import validate_balance_options
@@ -43,12 +44,17 @@ class MoeTrainerMixin(_Trainer):
 
     Evaluation losses hold no router losses, as in the model's own forward.
 
-    Note: a TRL trainer sets `config.output_router_logits` in stock use; here it is set to `False`, because TRL would
-    compute its auxiliary loss whenever it is `True`.
+    The Mixture-of-Experts models of transformers are trained alike, with the balance loss in place of their own.
+    Their coefficient then weighs a loss that is 1/K of theirs (1 instead of K when balanced), once per step and not
+    once per micro-batch and process.
+
+    Note: a TRL trainer sets `config.output_router_logits` in stock use; here it is set to `False`, as it is for models
+    of transformers, because an auxiliary loss is computed elsewhere whenever it is `True`.
 
     Raises:
-        ValueError: the model has no load balancer; `nn.DataParallel` would be used; an argument is out of range; or
-            selection biases are to be trained beside an adapter that would not keep them.
+        ValueError: the model has no MoE layer; `nn.DataParallel` would be used; an argument is out of range;
+            selection biases are to be trained beside an adapter that would not keep them; or, in training, no router
+            ran with gradients.
 
     Example:
 
@@ -73,7 +79,7 @@ class MoeTrainerMixin(_Trainer):
         self._router_metrics: dict[str, tuple[torch.Tensor, int]] = {}
         config = _router_config(self._prepare_router_losses().model)
         self._balance = self._callback(GlobalBalanceCallback)
-        if config.router_config.get("schedules"):
+        if getattr(config, "router_config", {}).get("schedules"):
             self._callback(RouterScheduleCallback)
 
     def _callback(self, cls: type) -> Any:
@@ -100,21 +106,27 @@ class MoeTrainerMixin(_Trainer):
         return self._router_losses
 
     def _configure(self, collector: RouterLossCollector) -> None:
-        """Writes what the arguments say about router losses into the model's config, and switches off TRL's own."""
+        """Writes what the arguments say about router losses into the model's config, and switches off all others."""
         config = _router_config(collector.model)
         if hasattr(self, "aux_loss_enabled"):  # a TRL trainer
             config.output_router_logits = self.aux_loss_enabled = False
+            reference = getattr(self, "ref_model", None)
+            if reference is not None:  # TRL would compute one for it as well, and drop it
+                _router_config(unwrap_model(self.accelerator.unwrap_model(reference))).output_router_logits = False
+        elif collector.views:
+            config.output_router_logits = False
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "balance_mode"):
             value = getattr(self.args, name, None)
             if value is not None:
                 setattr(config, name, value)
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(config, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, got {getattr(config, name)}.")
-        validate_balance_options(config.balance_mode)
+        for name, value in _coefficients(config).items():
+            if value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        mode = getattr(config, "balance_mode", "micro")
+        validate_balance_options(mode)
         for balancer, _ in collector.balancers.values():
-            balancer.mode = config.balance_mode
-            balancer.z_loss = config.router_z_loss_coef > 0
+            balancer.mode = mode
+            balancer.z_loss = _coefficients(config)["router_z_loss_coef"] > 0
 
     def _check_selection_biases(self, collector: RouterLossCollector) -> None:
         adapter = getattr(self.accelerator.unwrap_model(self.model), "peft_config", None)
@@ -138,13 +150,18 @@ class MoeTrainerMixin(_Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The loss of the class below plus, in training, the router losses of its decoder passes with gradients."""
         collector = self._prepare_router_losses()
-        config = _router_config(collector.model)
-        wanted = config.router_aux_loss_coef or config.router_z_loss_coef
-        wanted = wanted or any(balancer.bias_update_speed for balancer, _ in collector.balancers.values())
+        coefficients = tuple(_coefficients(_router_config(collector.model)).values())
+        wanted = any(coefficients) or any(b.bias_update_speed for b, _ in collector.balancers.values())
         if not (wanted and self.model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with collector.collect() as pending:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not pending:
+            raise ValueError(
+                "no router of the model ran with gradients, so its router losses would silently be missing. Reentrant "
+                "checkpointing does that: use `activation_checkpointing_kwargs={'use_reentrant': False}`. To train "
+                "without router losses, set `router_aux_loss_coef` and `router_z_loss_coef` to 0."
+            )
         loss, outputs = result if isinstance(result, tuple) else (result, None)
         # The balancer's scale is right for a loss that the Trainer goes on to sum or to average itself. Where losses
         # are summed, the class below has already undone the mean over ranks, so what is added here has to as well.
@@ -153,7 +170,7 @@ class MoeTrainerMixin(_Trainer):
         factor = over_ranks if is_summed and self.args.average_tokens_across_devices else 1
         for part in pending:
             losses = part.finish(num_items_in_batch=1 if is_summed else None)
-            total = factor * losses.total(config.router_aux_loss_coef, config.router_z_loss_coef)
+            total = factor * losses.total(*coefficients)
             loss = loss + total.to(loss.device)
             self._note(losses)
         return (loss, outputs) if return_outputs else loss
@@ -178,6 +195,26 @@ class MoeTrainerMixin(_Trainer):
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             self._balance.resume_from_checkpoint = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # -- checkpoints of transformers' own models -----------------------------------------------------------------
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is not None or not self._load_converted(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_converted(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_converted(self, folder: str | None) -> bool:
+        """Loads a checkpoint through `from_pretrained`, where the Trainer would leave the experts as they are: it
+        saves them one by one, as published checkpoints have them, and looks for stacked ones (transformers, issue
+        48805). Returns whether it did; models of hf_moe are saved as they are."""
+        is_bare = isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if folder is None or not is_bare or not self._prepare_router_losses().views:
+            return False
+        loaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(loaded.state_dict())
+        return True
 
     # -- optimizer -----------------------------------------------------------------------------------------------
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -211,3 +248,8 @@ class MoeTrainerMixin(_Trainer):
 def _router_config(model: Any) -> Any:
     """Where the fields of `MoeConfigMixin` are: in the text part of a composite config."""
     return model.config.get_text_config()
+
+
+def _coefficients(config: Any) -> dict[str, float]:
+    """Weights of balance loss and z-loss, as the config says now."""
+    return {name: getattr(config, name, 0.0) for name in ("router_aux_loss_coef", "router_z_loss_coef")}

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_moe.routing import BaseRouter, LayerRouting, RouterOutput
+from hf_moe.routing import LayerRouting, LoadBalancer
 from hf_moe.routing.discovery import find_balancers
 from hf_moe.routing.load_balancer import PendingBalance
-from hf_moe.views import unwrap_model
+from hf_moe.views import MoeLayerView, moe_layers, unwrap_model
 
 
 __all__ = ["RouterLossCollector"]
@@ -30,29 +30,34 @@ class RouterLossCollector:
     disabled adapters and metrics are not collected. Activation checkpointing repeats layers during the backward pass,
     which lies outside too.
 
+    A model of transformers has no load balancer; it is given one, `model.load_balancer`, whose buffers are not saved.
+
     Args:
-        model (`nn.Module`): A model of hf_moe, bare or wrapped by PEFT.
+        model (`nn.Module`): A model of hf_moe, or one accepted by [`~hf_moe.moe_layers`], bare or wrapped by PEFT.
 
     Raises:
-        ValueError: the model has no [`~hf_moe.LoadBalancer`].
+        ValueError: the model has no MoE layer, or is of a family without a rule; see [`~hf_moe.moe_layers`].
     """
 
     def __init__(self, model: nn.Module):
         self.model: Any = unwrap_model(model)
         self.balancers = find_balancers(self.model)
-        if not self.balancers:
-            raise ValueError(
-                f"{type(self.model).__name__} has no `LoadBalancer`, so this trainer has no router losses to add. "
-                "Use a model of hf_moe (`hf_moe.upcycle` makes one), or the stock trainer of the same name."
-            )
+        #: Layers of a model of transformers; those of hf_moe are known by their routers.
+        self.views: list[MoeLayerView] = []
+        if not any(routers for _, routers in self.balancers.values()):
+            self.views = moe_layers(self.model)
+            if not self.balancers:
+                device = next(self.model.parameters()).device
+                self.model.load_balancer = LoadBalancer([view.num_experts for view in self.views]).to(device)
+            self.balancers = {name: (balancer, []) for name, (balancer, _) in find_balancers(self.model).items()}
         self._active = False
         self._pending: list[PendingBalance] = []
         self._attention_mask: torch.Tensor | None = None
         # What each router returned in this pass, by balancer and position.
-        self._outputs: dict[str, dict[int, RouterOutput]] = {name: {} for name in self.balancers}
+        self._outputs: dict[str, dict[int, Any]] = {name: {} for name in self.balancers}
         # Hooks stay for good: adding and removing them would make a compiled model compile again in every step.
         for name, (_, routers) in self.balancers.items():
-            for position, router in enumerate(routers):
+            for position, router in enumerate(routers or [view.router for view in self.views]):
                 router.register_forward_hook(partial(self._after_router, name, position))
         self.model.base_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         self.model.base_model.register_forward_hook(self._after_decoder)
@@ -75,7 +80,7 @@ class RouterLossCollector:
             self._clear()
             vars(self.model).pop("adds_router_losses")  # back to what its class says
 
-    def _after_router(self, name: str, position: int, router: BaseRouter, _args: tuple, output: RouterOutput) -> None:
+    def _after_router(self, name: str, position: int, router: nn.Module, _args: tuple, output: Any) -> None:
         if self._active and router.training and torch.is_grad_enabled():
             self._outputs[name][position] = output
 
@@ -88,19 +93,24 @@ class RouterLossCollector:
     def _after_decoder(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         if not self._active:
             return
-        for name, (balancer, routers) in self.balancers.items():
+        for name, (balancer, _) in self.balancers.items():
             outputs = self._outputs[name]
             if not outputs:
                 continue
-            layers = [
-                LayerRouting.from_router(routers[at], outputs[at].router_logits, outputs[at].top_k_index)
-                for at in sorted(outputs)
-            ]
+            layers = [self._layer(name, position, outputs[position]) for position in sorted(outputs)]
             mask = self._attention_mask
             if mask is not None and mask.numel() != layers[0].index.shape[0]:
                 mask = None  # it describes something else, e.g. the text of a tower that sees images
             self._pending.append(balancer.begin(layers, mask))
         self._clear()
+
+    def _layer(self, name: str, position: int, output: Any) -> LayerRouting:
+        if not self.views:
+            router = self.balancers[name][1][position]
+            return LayerRouting.from_router(router, output.router_logits, output.top_k_index)
+        view = self.views[position]
+        routing = view.read(output)
+        return LayerRouting(routing.router_logits.float(), routing.top_k_index, view.probabilities)
 
     def _clear(self) -> None:
         for outputs in self._outputs.values():

@@ -165,8 +165,8 @@ def test_bad_arguments_are_refused(options, message, tmp_path):
         build("trainer", tmp_path, **options)
 
 
-def test_a_model_without_balancer_is_refused(tmp_path, tiny_llama):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no `LoadBalancer`.*stock trainer"):
+def test_a_dense_model_is_refused(tmp_path, tiny_llama):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) has no MoE layer.*`hf_moe\.upcycle`"):
         build("trainer", tmp_path, tiny_llama)
 
 

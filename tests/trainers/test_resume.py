@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 import torch
-from common.tiny_training import build, expert_lora, third_party_warnings, tiny_moe
+from common.tiny_training import build, expert_lora, third_party_warnings, tiny_moe, tiny_upcycled
 from transformers import TrainerCallback
 
 from hf_moe.routing.steps import ROUTER_STATE_NAME
@@ -99,3 +99,21 @@ def test_the_state_of_the_routers_matters(tmp_path):
     resumed = run("trainer", tmp_path / "part", False, resume=True)
     wanted, found = state_of(whole), state_of(resumed)
     assert any(not torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_moe("moe_plus_plus", balance_mode="lagged"), tiny_upcycled])
+def test_other_models_resume_too(make, tmp_path):
+    def run(folder, resume=None, callbacks=()):
+        options = {"balance_mode": "lagged", "router_aux_loss_coef": 1.0, "gradient_accumulation_steps": 2}
+        options |= {"data": 12, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = build("sft", tmp_path / folder, make(), trainer={"callbacks": list(callbacks)}, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    run("part", callbacks=[Stop(2)])
+    resumed = run("part", resume=True)
+    wanted, found = state_of(whole), state_of(resumed)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
