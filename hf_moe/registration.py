@@ -9,6 +9,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,10 @@ __all__ = ["announce_config", "load_modeling", "register_config", "register_expe
 
 # Config class -> what gives its model classes by the name of their Auto class.
 _MODELING: dict[type, Callable[[], dict[str, type]]] = {}
+_LOADING: set[type] = set()
 _LOADED: set[type] = set()
+# Held while classes are made: a second thread waits for the first instead of finding half a type.
+LOCK = threading.RLock()
 
 
 class _Placeholder(type):
@@ -61,14 +65,17 @@ def load_modeling(config_class: type) -> None:
     """Registers the model classes of a config class with the Auto classes; does nothing the second time."""
     if config_class in _LOADED or config_class not in _MODELING:
         return
-    _LOADED.add(config_class)  # first: importing model classes may create configs
-    try:
-        transformers = importlib.import_module("transformers")
-        for auto_name, model_class in _MODELING[config_class]().items():
-            getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
-    except BaseException:
-        _LOADED.discard(config_class)
-        raise
+    with LOCK:
+        if config_class in _LOADED or config_class in _LOADING:  # importing model classes may create configs
+            return
+        _LOADING.add(config_class)
+        try:
+            transformers = importlib.import_module("transformers")
+            for auto_name, model_class in _MODELING[config_class]().items():
+                getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+            _LOADED.add(config_class)
+        finally:
+            _LOADING.discard(config_class)
 
 
 def register_experts_implementations() -> None:

@@ -7,8 +7,9 @@ families in nothing but their dense parents, so they are made from the declarati
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
-from hf_moe.registration import register_config
+from hf_moe.registration import LOCK, register_config
 
 
 __all__ = ["Backbone", "declare_backbone"]
@@ -56,70 +57,74 @@ class Backbone:
         Returns:
             `dict`: Model classes by the name of their Auto class.
         """
+        package = importlib.import_module(self.package)
+        with LOCK:
+            if self.name + HEADS[-1] not in vars(package):  # the last one made
+                self._make_classes(package)
+        return {
+            f"Auto{head}" if head == "Model" else f"AutoModel{head}": getattr(package, self.name + head)
+            for head in HEADS
+        }
+
+    def _make_classes(self, package: ModuleType) -> None:
         from transformers import GenerationMixin
         from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
         from . import modeling as moe
 
-        package = importlib.import_module(self.package)
-        if f"{self.name}Model" not in vars(package):
-            dense = importlib.import_module(self.dense_module)
-            dense_base = getattr(dense, f"{self.prefix}PreTrainedModel")
-            dense_layer = getattr(dense, self.layer or f"{self.prefix}DecoderLayer")
-            dense_lm = getattr(dense, self.causal_lm or f"{self.prefix}ForCausalLM")
+        dense = importlib.import_module(self.dense_module)
+        dense_base = getattr(dense, f"{self.prefix}PreTrainedModel")
+        dense_layer = getattr(dense, self.layer or f"{self.prefix}DecoderLayer")
+        dense_lm = getattr(dense, self.causal_lm or f"{self.prefix}ForCausalLM")
 
-            def make(suffix: str, bases: tuple[type, ...], doc: str, **attributes) -> type:
-                namespace = {"__module__": self.package, "__doc__": doc, **attributes}
-                made = type(self.name + suffix, bases, namespace)
-                setattr(package, made.__name__, made)
-                return made
+        def make(suffix: str, bases: tuple[type, ...], doc: str, **attributes) -> type:
+            namespace = {"__module__": self.package, "__doc__": doc, **attributes}
+            made = type(self.name + suffix, bases, namespace)
+            setattr(package, made.__name__, made)
+            return made
 
-            layer = make("DecoderLayer", (self._layer_mixin(moe), dense_layer), "A layer that may hold a `MoeBlock`.")
-            base = make(
-                "PreTrainedModel",
-                (moe.MoePreTrainedMixin, dense_base),
-                f"Base of the `{self.config_class.model_type}` classes.",
-                config_class=self.config_class,
-                _no_split_modules=[layer.__name__],
-                _can_record_outputs={
-                    **dense_base._can_record_outputs,
-                    **moe.MoePreTrainedMixin.ROUTER_RECORDS,
-                    "hidden_states": layer,
-                },
-            )
-            model = make(
-                "Model",
-                (moe.MoeModelMixin, base, getattr(dense, f"{self.prefix}Model")),
-                "The decoder without a head.",
-                moe_layer_class=layer,
-                layers_attribute=self.layers_attribute,
-            )
-            plans = ("_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan")
-            make(
-                "ForCausalLM",
-                (moe.MoeForCausalLMMixin, base, GenerationMixin),
-                "Language model; see [`MoeForCausalLMMixin`] for what `forward` takes and returns.",
-                base_class=model,
-                **{plan: vars(dense_lm)[plan] for plan in plans if plan in vars(dense_lm)},
-            )
-            # The generic heads would set their own `base_model_prefix`.
-            prefix = {"base_model_prefix": dense_base.base_model_prefix}
-            make(
-                "ForSequenceClassification",
-                (moe.MoeForSequenceClassificationMixin, GenericForSequenceClassification, base),
-                "Sequence classification at the last token.",
-                **prefix,
-            )
-            make(
-                "ForTokenClassification",
-                (moe.MoeForTokenClassificationMixin, GenericForTokenClassification, base),
-                "Token classification.",
-                **prefix,
-            )
-        return {
-            f"Auto{head}" if head == "Model" else f"AutoModel{head}": getattr(package, self.name + head)
-            for head in HEADS
-        }
+        layer = make("DecoderLayer", (self._layer_mixin(moe), dense_layer), "A layer that may hold a `MoeBlock`.")
+        base = make(
+            "PreTrainedModel",
+            (moe.MoePreTrainedMixin, dense_base),
+            f"Base of the `{self.config_class.model_type}` classes.",
+            config_class=self.config_class,
+            _no_split_modules=[layer.__name__],
+            _can_record_outputs={
+                **dense_base._can_record_outputs,
+                **moe.MoePreTrainedMixin.ROUTER_RECORDS,
+                "hidden_states": layer,
+            },
+        )
+        model = make(
+            "Model",
+            (moe.MoeModelMixin, base, getattr(dense, f"{self.prefix}Model")),
+            "The decoder without a head.",
+            moe_layer_class=layer,
+            layers_attribute=self.layers_attribute,
+        )
+        plans = ("_tied_weights_keys", "_tp_plan", "_pp_plan", "_fsdp_plan")
+        make(
+            "ForCausalLM",
+            (moe.MoeForCausalLMMixin, base, GenerationMixin),
+            "Language model; see [`MoeForCausalLMMixin`] for what `forward` takes and returns.",
+            base_class=model,
+            **{plan: vars(dense_lm)[plan] for plan in plans if plan in vars(dense_lm)},
+        )
+        # The generic heads would set their own `base_model_prefix`.
+        prefix = {"base_model_prefix": dense_base.base_model_prefix}
+        make(
+            "ForSequenceClassification",
+            (moe.MoeForSequenceClassificationMixin, GenericForSequenceClassification, base),
+            "Sequence classification at the last token.",
+            **prefix,
+        )
+        make(
+            "ForTokenClassification",
+            (moe.MoeForTokenClassificationMixin, GenericForTokenClassification, base),
+            "Token classification.",
+            **prefix,
+        )
 
     def _layer_mixin(self, moe) -> type:
         if self.layer_mixin is None:

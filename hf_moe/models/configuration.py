@@ -111,6 +111,8 @@ class MoeConfigMixin:
     # TRL reads `config.auto_map` of every model it loads by path; the Hub shim fills it.
     auto_map: dict[str, str] = field(default_factory=dict)
 
+    #: Trainer takes all other outputs for predictions.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits", "router_indices"]
     #: Where a decoder layer keeps its block, with `*` for the layer; parallel plans are written with it.
     moe_block_path = "layers.*.mlp"
 

@@ -340,7 +340,9 @@ class RouterLossesMixin:
             LayerRouting.from_router(router, logits, index)
             for router, logits, index in zip(routers, outputs.all_router_logits, outputs.router_indices, strict=True)
         ]
-        return self.base_model.load_balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)
+        balancer = self.base_model.load_balancer
+        balancer.z_loss = self.config.router_z_loss_coef > 0  # the config may have changed since the model was built
+        return balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)
 
     def add_router_losses(
         self,

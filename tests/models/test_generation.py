@@ -53,6 +53,17 @@ def test_decoding_step_by_step_equals_the_full_forward(model_type, fields, paddi
         torch.testing.assert_close(real(step_by_step(model, inputs, chunks), inputs), real(full, inputs), **CLOSE)
 
 
+@pytest.mark.parametrize("model_type", ["moe_qwen2", "moe_qwen3"])
+@torch.no_grad()
+def test_sliding_windows_decode_step_by_step_too(model_type):
+    window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    model, inputs = make_model(model_type, num_hidden_layers=3, moe_layers=[0, 2], **window), make_inputs()
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    full = model(**inputs).logits
+    assert not torch.allclose(full, make_model(model_type, num_hidden_layers=3, moe_layers=[0, 2])(**inputs).logits)
+    torch.testing.assert_close(step_by_step(model, inputs, [3, 1, 1, 3]), full, **CLOSE)
+
+
 @every_type
 @torch.no_grad()
 def test_static_and_dynamic_caches_give_the_same_logits(model_type):

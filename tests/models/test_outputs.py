@@ -194,6 +194,16 @@ def test_the_z_loss_is_added_with_its_own_coefficient(model_type):
 
 
 @every_type
+def test_coefficients_changed_on_a_built_model_count(model_type):
+    model, inputs = make_model(model_type, router_aux_loss_coef=0.0).train(), make_inputs()
+    plain = model(**inputs, labels=inputs["input_ids"]).loss
+    model.config.router_z_loss_coef, model.config.router_aux_loss_coef = 0.3, 0.5
+    outputs = model(**inputs, labels=inputs["input_ids"])
+    z = torch.stack([router_z_loss(logits) for logits in outputs.router_logits]).mean()
+    torch.testing.assert_close(outputs.loss, plain + 0.3 * z + 0.5 * outputs.aux_loss)
+
+
+@every_type
 def test_num_items_in_batch_normalises_the_cross_entropy(model_type):
     model, inputs = make_model(model_type), make_inputs()
     labels = inputs["input_ids"]
@@ -209,6 +219,21 @@ def test_shifted_labels_are_taken_as_they_are(model_type):
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     expected = model(**inputs, labels=labels).loss
     torch.testing.assert_close(model(**inputs, labels=labels, shift_labels=shifted).loss, expected)
+
+
+@every_type
+@with_loss
+def test_a_trainer_predicts_logits_also_where_routing_is_recorded(model_type, head, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = make_model(model_type, head, num_labels=3, output_router_logits=True)
+    inputs = make_inputs(batch=3)
+    rows = [{key: value[i] for key, value in inputs.items()} for i in range(3)]
+    for row, label in zip(rows, labels_for(head, inputs), strict=True):
+        row["labels"] = label
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", use_cpu=True)
+    predictions = Trainer(model, arguments).predict(rows).predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

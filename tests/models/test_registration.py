@@ -80,6 +80,22 @@ SCENARIOS = {
         assert config.model_type == model_type
         assert getattr(hf_moe, name + "ForCausalLM").config_class is type(config)
     """,
+    "tokenizer_first": """
+        from transformers import AutoTokenizer
+        assert AutoTokenizer.from_pretrained(folder)("The river")["input_ids"]
+    """,
+    "several_threads_first": """
+        import threading
+        from transformers import AutoConfig, AutoModelForCausalLM
+        start, models = threading.Barrier(4), []
+        def load():
+            start.wait()
+            models.append(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        assert len(models) == 4 and len({type(model) for model in models}) == 1
+    """,
     "imported_in_the_other_order": """
         import transformers
         from transformers import AutoModelForCausalLM
