@@ -1,4 +1,16 @@
-"""Trainers, their configurations and callbacks; imported as `hf_moe.trainers`, each name on first use."""
+"""Trainers, their configurations and callbacks; imported as `hf_moe.trainers`, each name on first use.
+
+What becomes of the router losses of a model of hf_moe:
+
+| trainer | balance loss | z-loss, `balance_mode`, selection biases |
+|---|---|---|
+| `MoeTrainer`, `MoeSFTTrainer`, `MoeDPOTrainer` | ours, once per optimizer step | yes |
+| stock `Trainer` | ours, added by the model's `forward` | z-loss; the others with `GlobalBalanceCallback` |
+| stock `SFTTrainer`, `DPOTrainer` | Mixtral's formula, each micro-batch by itself | no |
+
+TRL never calls the model's `forward`. Its formula takes the softmax and the top-k of the feed-forward experts' logits,
+whatever the router does, and pools the layers.
+"""
 
 from hf_moe.lazy import lazy_exports
 

@@ -18,6 +18,6 @@ class MoeDPOConfig(MoeArguments, DPOConfig):
 
     ```python
     >>> from hf_moe.trainers import MoeDPOConfig
-    >>> args = MoeDPOConfig("out", balance_mode="running", router_learning_rate=1e-4)
+    >>> args = MoeDPOConfig("out", use_cpu=True, balance_mode="running", router_learning_rate=1e-4)
     ```
     """

@@ -31,10 +31,15 @@ class MoeDPOTrainer(MoeTrainerMixin, DPOTrainer):
 
     ```python
     >>> from datasets import Dataset
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_moe import upcycle
     >>> from hf_moe.trainers import MoeDPOConfig, MoeDPOTrainer
-    >>> pair = {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
-    >>> args = MoeDPOConfig("out", balance_mode="running")
-    >>> trainer = MoeDPOTrainer("my/smollm2-moe", args=args, train_dataset=Dataset.from_list([pair] * 8))
+    >>> name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    >>> tokenizer = AutoTokenizer.from_pretrained(name)
+    >>> moe, _ = upcycle(AutoModelForCausalLM.from_pretrained(name), num_experts=4, top_k=2, target="moe_llama")
+    >>> dataset = Dataset.from_list([{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}] * 8)
+    >>> args = MoeDPOConfig("out", max_steps=2, use_cpu=True, balance_mode="running")
+    >>> trainer = MoeDPOTrainer(moe, args=args, train_dataset=dataset, processing_class=tokenizer)
     >>> trainer.train()
     ```
     """

@@ -29,7 +29,7 @@ class MoeTrainer(MoeTrainerMixin, Trainer):
     ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     ... )
     >>> rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (8, 16))]
-    >>> args = MoeTrainingArguments("out", max_steps=2, balance_mode="running", router_learning_rate=1e-3)
+    >>> args = MoeTrainingArguments("out", max_steps=2, use_cpu=True, balance_mode="running")
     >>> trainer = MoeTrainer(MoeLlamaForCausalLM(config), args, train_dataset=rows)
     >>> trainer.train()
     ```

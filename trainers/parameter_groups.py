@@ -58,6 +58,7 @@ def optimizer_groups(
     Example:
 
     ```python
+    >>> from hf_moe.trainers import optimizer_groups
     >>> groups = optimizer_groups(model, learning_rate=1e-5, router_learning_rate=1e-4)
     >>> optimizer = torch.optim.AdamW(groups)
     ```

@@ -18,6 +18,6 @@ class MoeSFTConfig(MoeArguments, SFTConfig):
 
     ```python
     >>> from hf_moe.trainers import MoeSFTConfig
-    >>> args = MoeSFTConfig("out", balance_mode="running", router_learning_rate=1e-4)
+    >>> args = MoeSFTConfig("out", use_cpu=True, balance_mode="running", router_learning_rate=1e-4)
     ```
     """

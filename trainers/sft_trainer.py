@@ -21,9 +21,15 @@ class MoeSFTTrainer(MoeTrainerMixin, SFTTrainer):
 
     ```python
     >>> from datasets import Dataset
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> from hf_moe import upcycle
     >>> from hf_moe.trainers import MoeSFTConfig, MoeSFTTrainer
+    >>> name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    >>> tokenizer = AutoTokenizer.from_pretrained(name)
+    >>> moe, _ = upcycle(AutoModelForCausalLM.from_pretrained(name), num_experts=4, top_k=2, target="moe_llama")
     >>> dataset = Dataset.from_list([{"prompt": "The sky is", "completion": " blue."}] * 8)
-    >>> trainer = MoeSFTTrainer("my/smollm2-moe", MoeSFTConfig("out", balance_mode="running"), train_dataset=dataset)
+    >>> args = MoeSFTConfig("out", max_steps=2, use_cpu=True, balance_mode="running", router_learning_rate=1e-4)
+    >>> trainer = MoeSFTTrainer(moe, args, train_dataset=dataset, processing_class=tokenizer)
     >>> trainer.train()
     ```
     """
