@@ -249,6 +249,8 @@ class MoeModelMixin:
     layers_attribute = "layers"
 
     def post_init(self) -> None:
+        # `from_pretrained(folder, num_experts_per_tok=...)` sets fields after the config was checked.
+        self.config.validate_architecture()
         # The dense `__init__` ends with `post_init`: the last moment before weights are initialised.
         layers = getattr(self, self.layers_attribute)
         for index in range(len(layers)):

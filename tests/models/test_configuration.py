@@ -5,7 +5,7 @@ import json
 import pytest
 from common.model_battery import TYPES, make_config, make_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_moe.models.configuration import parse_moe_layers
 
@@ -85,6 +85,22 @@ def test_a_field_made_bad_later_is_refused_when_saved(model_type, tmp_path):
     with pytest.raises(Exception, match="`num_experts_per_tok` must be between 1 and"):
         config.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+@every_type
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_experts_per_tok": 99}, "`num_experts_per_tok` must be between 1 and .* got 99"),
+        ({"router_config": {"x": 1}}, "`router_config` has 'x', which router .* does not know"),
+        ({"moe_layers": [7]}, r"`moe_layers` has \[7\], but the model has 2 layers"),
+    ],
+    ids=str,
+)
+def test_bad_values_given_while_loading_are_refused_when_the_model_is_made(model_type, fields, message, tmp_path):
+    make_config(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path, **fields))
 
 
 def test_cross_attention_is_refused():
