@@ -204,7 +204,6 @@ def test_every_way_of_generating_works(model_type, kwargs):
 
 
 @every_type
-@pytest.mark.filterwarnings("ignore")  # static caches make generate think about compilation
 def test_a_static_cache_generates_what_a_dynamic_one_does(model_type):
     model, inputs = make_model(model_type), make_inputs(padding="left")
     dynamic = generate(model, inputs, do_sample=False)

@@ -71,6 +71,18 @@ def test_training_in_half_precision_is_finite(model_type):
 
 
 @every_type
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_rows_of_nothing_but_padding_leave_gradients_finite(model_type, implementation):
+    model = make_model(model_type, implementation={"experts_implementation": implementation}, **BALANCED).train()
+    inputs = make_inputs()
+    for rows in (slice(0, 1), slice(None)):  # one row, then all of them
+        inputs["attention_mask"][rows] = 0
+        outputs = model(**inputs)
+        (outputs.logits.square().mean() + outputs.aux_loss).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@every_type
 def test_frozen_routers_and_frozen_backbones_train_the_rest(model_type):
     inputs = make_inputs()
     for frozen in (".gate.", ".experts."):
