@@ -9,7 +9,7 @@ time measures the others.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,7 +70,7 @@ def compare(
     rounds: int = 15,
     clock: Callable[[], float] = time.thread_time,
     seed: int = 0,
-    experts: torch.nn.Module | None = None,
+    experts: Any = None,
 ) -> Comparison:
     """Measures one cell.
 

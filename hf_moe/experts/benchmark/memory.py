@@ -1,6 +1,7 @@
 """Peak memory of a call, from torch's own record of what it allocated and freed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,7 +31,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
     current = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         current += event.nbytes()

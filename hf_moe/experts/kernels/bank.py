@@ -38,9 +38,19 @@ class ExpertBank(NamedTuple):
     norm: nn.Module | None
 
     @property
-    def parameters(self) -> tuple[torch.Tensor | None, ...]:
+    def parameters(self) -> tuple[Any, ...]:
         """`(up, up_bias, down, down_bias)`."""
         return self.up, self.up_bias, self.down, self.down_bias
+
+    def require_epilogue(self) -> Epilogue:
+        """`epilogue`.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.epilogue is None:
+            raise ValueError("`bank.epilogue` must not be `None`: a gate with parameters needs `composed_experts`.")
+        return self.epilogue
 
     @property
     def num_experts(self) -> int:
@@ -84,7 +94,7 @@ def read_bank(experts: Any) -> ExpertBank:
 
 
 def _epilogue(experts: Any) -> Epilogue | None:
-    activation = getattr(experts, "act_fn", None)
+    activation: Any = getattr(experts, "act_fn", None)
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None
     if not experts.has_gate:

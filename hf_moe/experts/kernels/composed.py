@@ -18,7 +18,7 @@ __all__ = ["composed_experts"]
 
 def composed_experts(
     experts: Any,
-    parameters: tuple[torch.Tensor | None, ...],
+    parameters: tuple[Any, ...],
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,

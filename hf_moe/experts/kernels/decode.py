@@ -7,6 +7,7 @@ Shapes: T tokens, K slots per token, S slots in use, D hidden, I intermediate, W
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -71,13 +72,15 @@ def _one_token(
 
 def _rows(bank: ExpertBank, rows: torch.Tensor, segments: list[Segment], linear: Linear) -> torch.Tensor:
     """Outputs `(S, D)` of the experts for rows sorted by segment."""
-    up, up_bias, down, down_bias = (None if p is None else p.detach() for p in bank.parameters)
+    parameters: list[Any] = [None if p is None else p.detach() for p in bank.parameters]
+    up, up_bias, down, down_bias = parameters
+    epilogue = bank.require_epilogue()
     width, intermediate = (up.shape[2], down.shape[1]) if bank.is_transposed else (up.shape[1], down.shape[2])
-    halves = bank.epilogue.halves
+    halves = epilogue.halves
     projected = rows.new_empty(rows.shape[0], width)
     linear(rows, up, up_bias, segments, bank.is_transposed, projected)
     projected = projected.unflatten(-1, (halves, width // halves)).transpose(0, 1)  # (halves, S, W / halves)
-    activated = bank.epilogue.forward(projected, rows.new_empty(rows.shape[0], intermediate))
+    activated = epilogue.forward(projected, rows.new_empty(rows.shape[0], intermediate))
     output = rows.new_empty(rows.shape)
     linear(activated, down, down_bias, segments, bank.is_transposed, output)
     return output

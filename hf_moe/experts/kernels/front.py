@@ -3,7 +3,6 @@
 Shapes: T tokens, K slots per token, N experts, D hidden.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,8 +101,8 @@ def _run(
     if path == "grouped_mm":
         return grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     if torch.is_autocast_enabled("cpu"):
-        hidden_states, *parameters = _autocast(hidden_states, *bank.parameters)
-        bank = ExpertBank(*parameters, *bank[4:])
+        hidden_states, up, up_bias, down, down_bias = _autocast(hidden_states, *bank.parameters)
+        bank = bank._replace(up=up, up_bias=up_bias, down=down, down_bias=down_bias)
         with torch.autocast("cpu", enabled=False):
             return _call(path, bank, hidden_states, top_k_index, top_k_weights).to(dtype)
     return _call(path, bank, hidden_states.to(bank.up.dtype), top_k_index, top_k_weights).to(dtype)
@@ -155,30 +154,35 @@ def _fits_grouped_mm(bank: ExpertBank, hidden_states: torch.Tensor) -> bool:
     return size <= 4 and hidden_states.shape[0] > 0 and all(width * size % 16 == 0 for width in widths)
 
 
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """What autocast does to the inputs of a matrix product."""
     dtype = torch.get_autocast_dtype("cpu")
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _composed(
     experts: Any,
-    parameters: tuple[torch.Tensor | None, ...],
+    parameters: tuple[Any, ...],
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
-        hidden_states, *parameters = _autocast(hidden_states, *parameters)
+        hidden_states, *cast = _autocast(hidden_states, *parameters)
+        parameters = tuple(cast)
     else:
         hidden_states = hidden_states.to(parameters[0].dtype)
-    return composed_experts(experts, tuple(parameters), hidden_states, top_k_index, top_k_weights)
+    return composed_experts(experts, parameters, hidden_states, top_k_index, top_k_weights)
 
 
 def _named(path: str, name: str) -> Callable[..., torch.Tensor]:
-    forward = functools.partial(_run, path)
-    functools.update_wrapper(forward, hf_moe_experts_forward)
-    forward.__name__ = f"{name}_experts_forward"
+    def forward(
+        self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return _run(path, self, hidden_states, top_k_index, top_k_weights)
+
+    forward.__name__ = forward.__qualname__ = f"{name}_experts_forward"
+    forward.__doc__ = f'`experts_implementation="{name}"`: always the path `{path}`, where it can run.'
     return forward
 
 

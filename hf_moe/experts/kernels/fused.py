@@ -71,12 +71,17 @@ def fused_experts(
 
     Returns:
         `torch.Tensor` of shape `(T, D)`.
+
+    Raises:
+        ValueError: The bank has no epilogue.
     """
-    plan = _Plan(compact_dispatch(top_k_index, bank.num_experts), bank.epilogue, bank.is_transposed, bucketed)
-    inputs = (hidden_states, top_k_weights, *bank.parameters)
+    plan = _Plan(
+        compact_dispatch(top_k_index, bank.num_experts), bank.require_epilogue(), bank.is_transposed, bucketed
+    )
+    inputs: tuple[Any, ...] = (hidden_states, top_k_weights, *bank.parameters)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
         return _FusedExperts.apply(plan, *inputs)
-    detached = [None if p is None else p.detach() for p in inputs]
+    detached: list[Any] = [None if p is None else p.detach() for p in inputs]
     return _forward(plan, *detached)[0]
 
 
@@ -135,13 +140,13 @@ def _backward(
     need_x, need_w, need_up, need_up_bias, need_down, need_down_bias = needs
     need_projected = need_x or need_up or need_up_bias
     weight_rows = weights.reshape(-1)[dispatch.slots]  # (S,)
-    grad_weight_rows = torch.empty_like(weight_rows) if need_w else None
-    grads = [
-        _gradient_like(parameter, dispatch) if need else None
+    grad_weight_rows: Any = torch.empty_like(weight_rows) if need_w else None
+    grads: list[Any] = [
+        _gradient_like(parameter, dispatch) if need and parameter is not None else None
         for parameter, need in zip((up, up_bias, down, down_bias), needs[2:], strict=True)
     ]
     grad_up, grad_up_bias, grad_down, grad_down_bias = grads
-    grad_rows = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
+    grad_rows: Any = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
     size = plan.max_rows
     buffer = workspace.take("rows", (size, hidden), dtype)  # first the gradient's rows, then the input's
     a_buffer = workspace.take("activated", (size, intermediate), dtype)
@@ -252,7 +257,7 @@ def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *inputs: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, plan: _Plan, *inputs: Any) -> torch.Tensor:
         output, kept = _forward(plan, *inputs, keep=True)
         ctx.plan = plan
         ctx.save_for_backward(*inputs, kept)
