@@ -192,6 +192,7 @@ class CheckpointTarget(Target):
                 "match. "
                 'Choose another `target`, such as "generic".'
             )
+        result.config.name_or_path = ""  # it was loaded from no path, which transformers writes down as "None"
         if getattr(model, "generation_config", None) is not None:
             result.generation_config = copy.deepcopy(model.generation_config)
         return result.to(model.device).eval()
