@@ -85,14 +85,11 @@ def register_experts_implementations() -> None:
     but every model imports it, before it looks a name up.
     """
 
-    def register(registry: ModuleType) -> None:
-        for name, function in importlib.import_module("hf_moe.experts.kernels").IMPLEMENTATIONS.items():
-            registry.ALL_EXPERTS_FUNCTIONS.register(name, function)
-
-    when_imported("transformers.integrations.moe", register)
+    # Importing the file registers its functions; where that file is what imported the registry, it is about to.
+    when_imported("transformers.integrations.moe", lambda _: importlib.import_module("hf_moe.experts.kernels.front"))
 
 
-def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
+def when_imported(name: str, action: Callable[[ModuleType], Any]) -> None:
     """Runs `action(module)` when a module is imported, or at once if it is.
 
     This is Python's own import protocol: a finder that knows one name, asks the other finders for it, and leaves
@@ -109,7 +106,7 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, action: Callable[[ModuleType], None]):
+    def __init__(self, name: str, action: Callable[[ModuleType], Any]):
         self.name = name
         self.action = action
 
@@ -144,5 +141,5 @@ class _ThenAct(importlib.abc.Loader):
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)
             self.finder.action(module)
+            sys.meta_path.remove(self.finder)

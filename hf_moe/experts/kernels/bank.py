@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.integrations.moe import _default_apply_gate
 
 from .epilogue import Epilogue, callable_epilogue, known_epilogue
 
@@ -94,6 +93,8 @@ def read_bank(experts: Any) -> ExpertBank:
 
 
 def _epilogue(experts: Any) -> Epilogue | None:
+    from transformers.integrations.moe import _default_apply_gate  # here: importing the registry imports our front
+
     activation: Any = getattr(experts, "act_fn", None)
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None

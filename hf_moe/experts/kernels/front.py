@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .bank import ExpertBank, read_bank
 from .buckets import generates_kernels
@@ -192,3 +192,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., torch.Tensor]] = {
     **{f"hf_moe_{path}": _named(path, f"hf_moe_{path}") for path in ("bucketed", "compiled", "decode", "exact")},
     "hf_moe_composed": _named("composed", "hf_moe_composed"),
 }
+
+for _name, _function in IMPLEMENTATIONS.items():
+    ALL_EXPERTS_FUNCTIONS.register(_name, _function)

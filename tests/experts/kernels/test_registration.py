@@ -50,6 +50,18 @@ print("hf_moe" in moe.ALL_EXPERTS_FUNCTIONS.valid_keys())
     assert result.stdout.split() == ["True"], result.stderr
 
 
+@pytest.mark.parametrize("first", ["front", "bank"])
+def test_our_own_files_may_be_imported_first(run_python, first):
+    code = f"""
+import hf_moe.experts.kernels.{first}
+from hf_moe.experts.kernels import choose_path
+import transformers.integrations.moe as moe
+print("hf_moe" in moe.ALL_EXPERTS_FUNCTIONS.valid_keys())
+"""
+    result = run_python(code)
+    assert result.stdout.split() == ["True"], result.stderr
+
+
 def test_every_implementation_is_in_the_registry():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
