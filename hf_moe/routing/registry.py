@@ -1,11 +1,12 @@
 """Routers by name: `config.router_type` chooses the class, `config.router_config` holds its keyword arguments."""
 
 import difflib
-import importlib
 import inspect
 import types
 import typing
 from typing import TYPE_CHECKING, Any
+
+from hf_moe.named_classes import NamedClasses
 
 
 if TYPE_CHECKING:
@@ -14,15 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["build_router", "list_routers", "register_router", "router_class", "validate_router"]
 
-ROUTERS: dict[str, type["BaseRouter"]] = {}
-
-# One line per router of this package: its name and the file that registers it, imported when first asked for.
-BUILTIN = {
-    "gating_residual": "gating_residual",
-    "moepp_release": "gating_residual",
-    "sigmoid_topk": "topk",
-    "softmax_topk": "topk",
-}
+ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
+    "router_type",
+    "router",
+    __package__,
+    {
+        "gating_residual": "gating_residual",
+        "moepp_release": "gating_residual",
+        "sigmoid_topk": "topk",
+        "softmax_topk": "topk",
+    },
+)
 
 
 def register_router(name: str):
@@ -31,36 +34,21 @@ def register_router(name: str):
     Raises:
         ValueError: another class already has that name.
     """
-
-    def decorate(cls: type["BaseRouter"]) -> type["BaseRouter"]:
-        known = ROUTERS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"`router_type={name!r}` is already taken by {known.__qualname__}; choose another name.")
-        ROUTERS[name] = cls
-        cls.router_type = name
-        return cls
-
-    return decorate
+    return ROUTERS.register(name)
 
 
 def list_routers() -> list[str]:
     """Names accepted by `router_type`, sorted."""
-    return sorted({*BUILTIN, *ROUTERS})
+    return ROUTERS.names()
 
 
-def router_class(name: str) -> type["BaseRouter"]:
+def router_class(name: str) -> "type[BaseRouter]":
     """The class registered as `name`.
 
     Raises:
         ValueError: no such router; the message lists the names there are and the nearest one.
     """
-    if name not in ROUTERS and name in BUILTIN:
-        importlib.import_module(f".{BUILTIN[name]}", __package__)
-    if name in ROUTERS:
-        return ROUTERS[name]
-    near = difflib.get_close_matches(str(name), list_routers(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"`router_type={name!r}` is not a known router. Choose one of {list_routers()}.{hint}")
+    return ROUTERS.get(name)
 
 
 def router_options(cls: type["BaseRouter"]) -> dict[str, Any]:
