@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["METRIC_NAMES", "evaluation_results"]
 
 METRIC_NAMES = {
+    "active_experts": "Active experts per token",
     "balance_violation": "Balance violation",
     "dead_share": "Share of dead experts",
     "marginal_entropy": "Entropy of the mean routing distribution (nats)",
