@@ -70,7 +70,7 @@ print(open(hf_hub_download("me/repo", "folder/a.txt", revision=first)).read())
 def test_card_rules_accept_a_valid_card_and_name_each_violation():
     assert card_errors("---\nlicense: mit\nbase_model: me/a\ntags: [moe]\n---\n# x") == []
     assert card_errors("# x") == ["the card has no metadata block"]
-    broken = "---\nlicense: nope\nbase_model: not an id/at all\npipeline_tag: cooking\ntags: moe\nmodel-index: []\n---\n"
+    broken = "---\nlicense: nope\nbase_model: no id\npipeline_tag: cooking\ntags: moe\nmodel-index: []\n---\n"
     assert len(card_errors(broken)) == 5
     index = "---\nmodel-index:\n- name: x\n  results:\n  - task: {type: text-generation}\n    metrics: [{type: ppl}]\n"
     assert len(card_errors(index + "---\n")) == 3
