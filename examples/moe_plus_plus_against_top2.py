@@ -126,6 +126,7 @@ def draw(rows: list[dict], dense: float, path: Path) -> None:
             axis.plot([x] * len(values), values, "o", alpha=0.7)
             axis.hlines(statistics.mean(values), x - 0.2, x + 0.2, color="black")
         axis.set(title=label, xticks=range(len(METHODS)), xticklabels=list(METHODS), xlim=(-0.6, len(METHODS) - 0.4))
+    axes[1].set_ylim(0, 2.1)  # from none to both slots, or rounding would fill the axis
     axes[0].axhline(dense, color="gray", linestyle=":", label="dense, not trained")
     axes[0].legend()
     figure.suptitle("One dot per seed, bar at the mean")
