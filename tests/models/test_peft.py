@@ -114,7 +114,7 @@ def test_the_balance_loss_stays_exact_with_adapters(model_type):
     inputs = make_inputs()
     outputs = model.train()(**inputs, labels=inputs["input_ids"])
     routers = [module for module in model.modules() if isinstance(module, BaseRouter)]
-    assert len(outputs.router_logits) == 2 and outputs.aux_loss is not None
+    assert len(outputs.router_logits) == 2 and outputs.aux_loss.item() > 0
     outputs.aux_loss.backward()
     used = [router for router in routers if any(p.grad is not None for p in router.parameters())]
     assert len(used) == 2  # the copies PEFT trains, not the frozen originals

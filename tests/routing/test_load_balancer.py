@@ -286,12 +286,12 @@ def test_buffers_are_not_saved_unless_asked_for():
 
 def test_process_group_and_reduction_under_way_are_not_copied():
     balancer = LoadBalancer([4], mode="lagged")
-    balancer.process_group = balancer._reduction = (
+    handle = balancer.process_group = balancer._reduction = (
         x for x in ()
     )  # like a handle, it can be neither copied nor pickled
     for twin in (copy.deepcopy(balancer), pickle.loads(pickle.dumps(balancer))):
         assert twin.process_group is None and twin._reduction is None and twin.mode == "lagged"
-    assert balancer.process_group is not None
+    assert balancer.process_group is handle and balancer._reduction is handle
 
 
 def test_reset_parameters_clears_uninitialised_memory():

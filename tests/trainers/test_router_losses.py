@@ -260,7 +260,7 @@ def test_afterwards_the_model_adds_its_losses_itself(tmp_path):
 def test_dpo_takes_a_copy_of_a_model_in_memory_for_reference(tmp_path):
     model = tiny_moe()  # just made: there is nothing to load a reference from
     trainer = build("dpo", tmp_path, model, trainer={"ref_model": None}, data=8, max_steps=3)
-    assert trainer.ref_model is not None
+    assert trainer.ref_model is not model and type(trainer.ref_model) is type(model)
     before = [parameter.clone() for parameter in trainer.ref_model.parameters()]
     trainer.train()
     assert trainer.losses[0][0] - 0.1 * trainer.state.log_history[0]["aux_loss"] == pytest.approx(
