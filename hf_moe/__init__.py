@@ -13,9 +13,10 @@ from .versions import check_versions
 check_versions()
 
 from . import models as models  # noqa: E402  (announces every model type)
-from .registration import register_experts_implementations  # noqa: E402
+from .registration import register_adapters, register_experts_implementations  # noqa: E402
 
 
+register_adapters()
 register_experts_implementations()
 
 

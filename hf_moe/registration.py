@@ -17,7 +17,16 @@ from typing import Any
 from transformers.models.auto.configuration_auto import AutoConfig
 
 
-__all__ = ["announce_config", "load_modeling", "register_config", "register_experts_implementations", "when_imported"]
+__all__ = [
+    "announce_config",
+    "ensure_peft_type",
+    "load_modeling",
+    "register_adapter",
+    "register_adapters",
+    "register_config",
+    "register_experts_implementations",
+    "when_imported",
+]
 
 # Config class -> what gives its model classes by the name of their Auto class.
 _MODELING: dict[type, Callable[[], dict[str, type]]] = {}
@@ -87,6 +96,87 @@ def register_experts_implementations() -> None:
 
     # Importing the file registers its functions; where that file is what imported the registry, it is about to.
     when_imported("transformers.integrations.moe", lambda _: importlib.import_module("hf_moe.experts.kernels.front"))
+
+
+def register_adapters() -> None:
+    """Enters every type of `hf_moe.adapters` in PEFT once PEFT is imported, which `import hf_moe` does not do."""
+    when_imported("peft", lambda _: importlib.import_module("hf_moe.adapters").register_all())
+
+
+def register_adapter(config_class: Any, tuner_class: Any) -> None:
+    """Enters one adapter type in PEFT: its enum member, its config, its tuner and its prefix.
+
+    Registering the same classes again does nothing.
+
+    Args:
+        config_class (`type`): A `PeftConfig` with the class attribute `type_name`, such as `"HFMOE_MOSA"`.
+        tuner_class (`type`): The `BaseTuner` with the prefix `type_name.lower() + "_"`.
+
+    Raises:
+        ValueError: The name is taken by another package's type, or the prefix does not follow from it.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import register_peft_method
+
+    name = config_class.type_name
+    if tuner_class.prefix != f"{name.lower()}_":
+        raise ValueError(
+            f"`prefix` of {tuner_class.__name__} must be {name.lower() + '_'!r}, got {tuner_class.prefix!r}: "
+            "transformers derives the prefix from the type's name when it loads and deletes adapters."
+        )
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(ensure_peft_type(name))
+    if registered is config_class:
+        return
+    if registered is not None:
+        raise ValueError(f"The PEFT type {name} is already {registered.__module__}.{registered.__name__}.")
+    register_peft_method(name=name.lower(), config_cls=config_class, model_cls=tuner_class)
+
+
+def ensure_peft_type(name: str) -> Any:
+    """The member `name` of `peft.PeftType`, added if it is not there.
+
+    PEFT has no way to add one, and its registration wants one. An enum keeps its members in three maps, and since
+    Python 3.12 as class attributes too; all four are written, and nothing that was there is changed.
+
+    Args:
+        name (`str`): Upper-case name, equal to the value, with a namespace of its own: `"HFMOE_..."`.
+
+    Returns:
+        `peft.PeftType`
+
+    Raises:
+        ValueError: `name` lacks the namespace.
+        ImportError: This version of PEFT or Python keeps the members elsewhere.
+
+    Example:
+        ```python
+        ensure_peft_type("HFMOE_MOSA") is ensure_peft_type("HFMOE_MOSA")  # True
+        ```
+    """
+    from peft import PeftType
+
+    if name in PeftType.__members__:
+        return PeftType[name]
+    if not name.startswith("HFMOE_") or not name.isupper():
+        raise ValueError(f"`name` must be upper-case and begin with 'HFMOE_', got {name!r}.")
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    if hasattr(PeftType.LORA, "_sort_order_"):
+        member._sort_order_ = len(PeftType)
+    try:
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+        type.__setattr__(PeftType, name, member)
+    except AttributeError as error:
+        raise ImportError(f"`peft.PeftType` cannot be extended by {name} on this Python or PEFT: {error}.") from error
+    if PeftType(name) is not member or getattr(PeftType, name) is not member or member not in list(PeftType):
+        raise ImportError(
+            f"`peft.PeftType` did not take {name}: this version of PEFT or Python keeps enum members elsewhere. "
+            "Install peft>=0.21,<1."
+        )
+    return member
 
 
 def when_imported(name: str, action: Callable[[ModuleType], Any]) -> None:

@@ -1,0 +1,21 @@
+"""Adapter types that PEFT knows after `import hf_moe`: one folder per type, all of them on the shared `core`."""
+
+import importlib
+
+from hf_moe.lazy import lazy_exports
+
+
+# A new type: its folder, whose `__init__` ends with `register_adapter(...)`, and its line here.
+ADAPTER_FOLDERS: tuple[str, ...] = ()
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, {})
+
+
+def register_all() -> None:
+    """Imports every folder; each one registers itself in its `__init__`.
+
+    Runs when PEFT has been imported. A folder that is being imported right now (its import is what brought PEFT) is
+    left to finish by itself.
+    """
+    for folder in ADAPTER_FOLDERS:
+        importlib.import_module(f"{__name__}.{folder}")

@@ -1,0 +1,22 @@
+"""What all adapter types share: a config, a layer that holds cells beside a base module, a tuner, runtime inputs."""
+
+from .bottleneck import Bottleneck
+from .config import MoeAdapterConfig
+from .layer import BlockLayer, CellLayer
+from .parameter import ParameterLayer
+from .runtime import Runtime, condition, install_runtime, runtime_of
+from .tuner import CellTuner
+
+
+__all__ = [
+    "BlockLayer",
+    "Bottleneck",
+    "CellLayer",
+    "CellTuner",
+    "MoeAdapterConfig",
+    "ParameterLayer",
+    "Runtime",
+    "condition",
+    "install_runtime",
+    "runtime_of",
+]
