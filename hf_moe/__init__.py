@@ -48,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "register_experts": ".experts",
         "register_router": ".routing",
         "reporting": ".reporting",
+        "routing_override": ".routing_override",
         "routing_report": ".reporting",
         "trainers": ".trainers",
         "upcycle": ".upcycling",

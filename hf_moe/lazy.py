@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -26,6 +27,18 @@ def lazy_exports(package: str, exports: Mapping[str, str]) -> tuple[Callable, Ca
         ```
     """
     exports = dict(exports)
+    own_modules = {name for name, module in exports.items() if module == f".{name}"}
+
+    class Package(ModuleType):
+        # Python binds a sub-module to its package when it is imported by its full name; that must not hide what the
+        # package exports under the same name.
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name in own_modules and isinstance(value, ModuleType):
+                value = getattr(value, name, value)
+            super().__setattr__(name, value)
+
+    if own_modules and type(sys.modules[package]) is ModuleType:
+        sys.modules[package].__class__ = Package
 
     def __getattr__(name: str) -> Any:
         if name not in exports:

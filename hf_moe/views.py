@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T = B * S tokens, N experts, K per token.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from .routing.base import BaseRouter
+from .view_families import FAMILY_RULES
+from .view_rules import FamilyRule, Routing
 
 
 __all__ = [
@@ -29,96 +31,6 @@ __all__ = [
     "record_routing",
     "unwrap_model",
 ]
-
-
-class FamilyRule(NamedTuple):
-    """Where a router class keeps what, and how its logits become probabilities.
-
-    Args:
-        score (`str`): `"softmax"`, or `"sigmoid"` (then divided by the sum over the experts).
-        router_logits (`int`, defaults to 0): Position of the logits in the tuple the router returns.
-        top_k_weights (`int`, defaults to 1): Position of the mixing weights.
-        top_k_index (`int`, defaults to 2): Position of the chosen experts.
-
-    Example:
-        ```python
-        FAMILY_RULES["MyTopKRouter"] = FamilyRule(score="sigmoid", router_logits=2, top_k_weights=0, top_k_index=1)
-        ```
-    """
-
-    score: str
-    router_logits: int = 0
-    top_k_weights: int = 1
-    top_k_index: int = 2
-
-
-# Families are told apart by the class name of their router: importing the classes would import every modeling file.
-# A line is added only together with its model in tests/test_views.py, which proves that what is read from the router
-# is what the experts receive.
-FAMILY_RULES: dict[str, FamilyRule] = {
-    **dict.fromkeys(
-        (
-            "AriaTextTopKRouter",
-            "DeepseekV2TopkRouter",
-            "Ernie4_5_MoeTopKRouter",
-            "FlexOlmoTopKRouter",
-            "GptOssTopKRouter",
-            "GraniteMoeHybridTopKRouter",
-            "GraniteMoeSWATopKRouter",
-            "GraniteMoeSharedTopKRouter",
-            "GraniteMoeTopKRouter",
-            "HunYuanMoEV1Gate",
-            "JambaTopKRouter",
-            "MellumTopKRouter",
-            "MiniMaxTopKRouter",
-            "Mistral4TopkRouter",
-            "MixtralTopKRouter",
-            "OlmoeTopKRouter",
-            # Phi's weights come from two masked softmaxes; the plain softmax is the distribution they start from.
-            "PhimoeTopKRouter",
-            "Qwen2MoeTopKRouter",
-            "Qwen3MoeTopKRouter",
-            "Qwen3NextTopKRouter",
-            "Qwen3VLMoeTextTopKRouter",
-            "Qwen3_5MoeTopKRouter",
-        ),
-        FamilyRule(score="softmax"),
-    ),
-    **dict.fromkeys(
-        (
-            "AfmoeTokenChoiceRouter",
-            "BailingHybridTopkRouter",
-            "DeepseekV32TopkRouter",
-            "DeepseekV3TopkRouter",
-            "Dots1TopkRouter",
-            "ExaoneMoeTopkRouter",
-            "Glm4MoeLiteTopkRouter",
-            "Glm4MoeTopkRouter",
-            "GlmMoeDsaTopkRouter",
-            "HYV3TopKRouter",
-            "Lfm2MoeTopKRouter",
-            "MiMoV2FlashTopkRouter",
-            "MiniMaxM2TopKRouter",
-            "NemotronHTopkRouter",
-            "SolarOpenTopkRouter",
-        ),
-        FamilyRule(score="sigmoid"),
-    ),
-}
-
-
-class Routing(NamedTuple):
-    """What one router call decided, one row per token.
-
-    Args:
-        router_logits (`torch.Tensor` of shape `(T, N)`): Scores before softmax or sigmoid.
-        top_k_weights (`torch.Tensor` of shape `(T, K)`): Mixing weights.
-        top_k_index (`torch.Tensor` of shape `(T, K)`): Chosen experts; `N` on an empty slot (our routers only).
-    """
-
-    router_logits: torch.Tensor
-    top_k_weights: torch.Tensor
-    top_k_index: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -153,6 +65,11 @@ class MoeLayerView:
     rule: FamilyRule | None = None
 
     @property
+    def score_function(self) -> str:
+        """What makes scores of logits: `"softmax"`, `"sigmoid"`, or the name of the router's own function."""
+        return type(self.router).__name__ if self.rule is None else self.rule.score_function(self.router)
+
+    @property
     def num_computing_experts(self) -> int:
         """Experts with a feed-forward. The zero-computation experts of MoE++ come after them."""
         zero_experts = getattr(self.block, "zero_experts", None)
@@ -176,14 +93,76 @@ class MoeLayerView:
         Returns:
             [`Routing`]
         """
+        if self.rule is not None:
+            return self.rule.read(self.router, output)
+        tensors = (output.router_logits, output.top_k_weights, output.top_k_index)
+        return Routing(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors))
+
+    def write(self, output: Any, top_k_weights: torch.Tensor, top_k_index: torch.Tensor) -> Any:
+        """A value as returned by `router`, with another decision in it.
+
+        Args:
+            output (`tuple`): What the router returned.
+            top_k_weights (`torch.Tensor` of shape `(T, K')`): New weights.
+            top_k_index (`torch.Tensor` of shape `(T, K')`): New experts.
+
+        Returns:
+            The tuple to hand to the block.
+        """
+        if self.rule is not None:
+            return self.rule.write(self.router, output, top_k_weights, top_k_index)
+        return output._replace(top_k_weights=top_k_weights, top_k_index=top_k_index)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the router puts its best expert in the first slot."""
+        return self.rule is None or self.rule.ordered
+
+    def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Logits -> scores as the router makes them, both `(T, N)`."""
+        return self.router.scores(router_logits) if self.rule is None else self.rule.scores(self.router, router_logits)
+
+    def choice_scores(
+        self, scores: torch.Tensor, router_logits: torch.Tensor, args: tuple = (), kwargs: dict | None = None
+    ) -> torch.Tensor:
+        """What the router ranks the experts by, without gradient: selection bias and group limits are in it.
+
+        Args:
+            scores (`torch.Tensor` of shape `(T, N)`): See `scores`.
+            router_logits (`torch.Tensor` of shape `(T, N)`): As in [`Routing`].
+            args, kwargs: What the router was called with: some families hand it its bias.
+
+        Returns:
+            `torch.Tensor` of shape `(T, N)`.
+        """
+        with torch.no_grad():
+            if self.rule is None:
+                return self.router.choice_scores(scores, router_logits)
+            return self.rule.choice_scores(self.router, scores, router_logits, args, kwargs or {})
+
+    def weigh(
+        self,
+        scores: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k_index: torch.Tensor,
+        args: tuple = (),
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weights the router would give to these experts.
+
+        Args:
+            scores (`torch.Tensor` of shape `(T, N)`): See `scores`.
+            router_logits (`torch.Tensor` of shape `(T, N)`): As in [`Routing`].
+            top_k_index (`torch.Tensor` of shape `(T, K')`): The experts, no empty slots.
+            args (`tuple`): What the router was called with.
+            tokens (`torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens among those of that call.
+
+        Returns:
+            `torch.Tensor` of shape `(T, K')`.
+        """
         if self.rule is None:
-            logits, weights, index = output.router_logits, output.top_k_weights, output.top_k_index
-        else:
-            logits, weights, index = (
-                output[position]
-                for position in (self.rule.router_logits, self.rule.top_k_weights, self.rule.top_k_index)
-            )
-        return Routing(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in (logits, weights, index)))
+            return self.router.weigh(scores, top_k_index)
+        return self.rule.weigh(self.router, scores, router_logits, top_k_index)
 
     def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
         """Distribution over the experts before any selection bias, float32, rows summing to 1.
@@ -194,13 +173,9 @@ class MoeLayerView:
         Returns:
             `torch.Tensor` of shape `(T, N)`.
         """
-        router_logits = router_logits.float()
         if self.rule is None:
-            return self.router.probabilities(router_logits)
-        if self.rule.score == "softmax":
-            return router_logits.softmax(dim=-1)
-        scores = router_logits.sigmoid()
-        return scores / scores.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+            return self.router.probabilities(router_logits.float())
+        return self.rule.probabilities(self.router, router_logits)
 
 
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
@@ -259,7 +234,11 @@ def moe_layers(model: nn.Module) -> list[MoeLayerView]:
         experts = block.experts
         if hasattr(experts, "get_base_layer"):  # LoRA on stacked experts wraps them
             experts = experts.get_base_layer()
-        views.append(MoeLayerView(name, len(views), block, router, experts, router.num_experts, router.top_k, rule))
+        if rule is None:
+            sizes = router.num_experts, router.top_k
+        else:
+            sizes = rule.num_experts(router, block), rule.num_experts_per_tok(router, block)
+        views.append(MoeLayerView(name, len(views), block, router, experts, *sizes, rule))
     if not views:
         raise ValueError(
             f"`model` ({type(model).__name__}) has no MoE layer: none of its modules is a router. Pass a "
@@ -398,7 +377,11 @@ def is_compiled(model: nn.Module) -> bool:
     Returns:
         `bool`
     """
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    # `_compiled_call` is what `generate` keeps its compiled forward in.
+    return any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None or hasattr(m, "_compiled_call")
+        for m in model.modules()
+    )
 
 
 def _recording_hook(layer: LayerRecord, offload: bool):

@@ -25,3 +25,13 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'json' has no attribute 'nope'"):
         get("nope")
     assert {"JSONDecodeError", "dumps"} <= set(listing())
+
+
+def test_an_import_of_the_sub_module_does_not_hide_the_name_it_defines(run_python):
+    code = """
+import hf_moe.routing_override
+from hf_moe.routing_override import routing_override
+import hf_moe.metrics
+print(hf_moe.routing_override is routing_override, hf_moe.metrics.__name__)
+"""
+    assert run_python(code).stdout.split() == ["True", "hf_moe.metrics"]
