@@ -1,6 +1,6 @@
 """Three adapter types that exist only for tests of the shared core: an addition to a weight, a gated pair, a block."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class ToyLinearTuner(CellTuner):
 class ToyGateConfig(MoeAdapterConfig):
     type_name = "HFMOE_TOY_GATE"
     stage: str = "both"
-    domains: tuple[str, ...] = ("default", "cell")
+    domains: list[str] = field(default_factory=lambda: ["default", "cell"])
 
     def validate(self):
         self.require("stage", self.stage in ("both", "gate"), "'both' or 'gate'")

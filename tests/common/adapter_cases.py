@@ -1,0 +1,93 @@
+"""One line per adapter type (and per variant worth it) for the battery in `tests/adapters/test_battery.py`."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig
+
+
+__all__ = ["CASES", "AdapterCase", "tiny_llama", "token_inputs"]
+
+
+def tiny_llama(**settings: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with random weights, always the same ones."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    } | settings
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def token_inputs() -> dict[str, torch.Tensor]:
+    """Two rows of tokens, which are their own labels."""
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6], [9, 3, 2, 1, 9, 3]])
+    return {"input_ids": ids, "labels": ids}
+
+
+@dataclass(frozen=True)
+class AdapterCase:
+    """What the battery needs to know of an adapter type.
+
+    Args:
+        name: Its part of the test's id.
+        config: Makes the config; takes fields by keyword.
+        model: Makes the base model, the same weights each time.
+        inputs: Makes a batch of two rows, with labels where the model gives a loss.
+        starts_as_base: Whether a fresh adapter leaves the output bit for bit as it is.
+        mergeable: Whether it can be merged into the base's weights.
+        generates: Whether the model is a causal language model whose cached and uncached generation must agree.
+        mixed: Whether rows of a batch may have different adapters.
+        stages: Values of the config's `stage` that freeze some containers.
+        within: Context in which the model is called, such as one that sets a condition.
+    """
+
+    name: str
+    config: Callable[..., Any]
+    model: Callable[[], Any] = tiny_llama
+    inputs: Callable[[], dict[str, Any]] = token_inputs
+    starts_as_base: bool = True
+    mergeable: bool = False
+    generates: bool = True
+    mixed: bool = True
+    stages: tuple[str, ...] = ()
+    within: Callable[[Any], AbstractContextManager] = lambda model: nullcontext()
+
+    def output(self, model: Any, **kwargs: Any) -> torch.Tensor:
+        """The adapted model's logits (or first output), without gradients and labels."""
+        with self.within(model):
+            return self.base_output(model, **kwargs)
+
+    def base_output(self, model: Any, **kwargs: Any) -> torch.Tensor:
+        """The same of a model without adapters, which takes no conditions."""
+        inputs = {name: value for name, value in self.inputs().items() if name != "labels"}
+        with torch.no_grad():
+            result = model(**inputs, **kwargs)
+        if isinstance(result, torch.Tensor):
+            return result
+        return result.logits if hasattr(result, "logits") else result[0]
+
+    def loss(self, model: Any) -> torch.Tensor:
+        """The model's loss, or the mean square of its output."""
+        with self.within(model):
+            result = model(**self.inputs())
+        if getattr(result, "loss", None) is not None:
+            return result.loss
+        return (result if isinstance(result, torch.Tensor) else result[0]).square().mean()
+
+
+CASES = [
+    AdapterCase("toy_linear", ToyLinearConfig, mergeable=True),
+    AdapterCase("toy_gate", ToyGateConfig, stages=("gate",)),
+    AdapterCase("toy_block", ToyBlockConfig),
+]
