@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("hf_moe.trainers.command", "fine-tune with one of the training scripts, under accelerate launch"),
     "inspect": Command("hf_moe.reporting.command", "draw how a model routes a text: load, entropy, co-activation"),
     "bench": Command("hf_moe.experts.benchmark.command", "compare experts implementations on this machine, or tune"),
+    "export-decoder": Command("hf_moe.generation.command", "write self-contrast decoding as a folder for `generate`"),
     "list": Command("hf_moe.listing", "model types, routers, experts and recipes, each with its paper"),
 }
 

@@ -119,6 +119,12 @@ def _router_inits() -> list[Entry]:
     return _exported("hf_moe.upcycling.router_init")
 
 
+def _decoding() -> list[Entry]:
+    from hf_moe.generation import SelfContrast
+
+    return [_entry("SelfContrast", SelfContrast)]
+
+
 def _exported(package: str) -> list[Entry]:
     module = importlib.import_module(package)
     return [_entry(name, getattr(module, name)) for name in module.__all__ if name not in BASE_CLASSES]
@@ -149,4 +155,5 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "experts": _experts,
     "recipes": _recipes,
     "router-inits": _router_inits,
+    "decoding": _decoding,
 }

@@ -31,6 +31,7 @@ def row(start):
         ("experts", "experts"),
         ("upcycling recipes", "recipes"),
         ("router starts", "router-inits"),
+        ("decoding", "decoding"),
     ],
 )
 def test_the_table_names_exactly_what_is_registered(start, kind):
