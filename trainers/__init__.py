@@ -10,6 +10,8 @@ What becomes of the router losses of a model of hf_moe:
 
 TRL never calls the model's `forward`. Its formula takes the softmax and the top-k of the feed-forward experts' logits,
 whatever the router does, and pools the layers.
+
+`ExpertUnlearningTrainer` uses no router loss: it would pull the routers away from the experts that are to forget.
 """
 
 from hf_moe.lazy import lazy_exports
@@ -17,6 +19,8 @@ from hf_moe.lazy import lazy_exports
 
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
+    "ExpertUnlearningConfig": ".unlearning_config",
+    "ExpertUnlearningTrainer": ".unlearning_trainer",
     "MoeDPOConfig": ".dpo_config",
     "MoeDPOTrainer": ".dpo_trainer",
     "MoeSFTConfig": ".sft_config",
@@ -25,6 +29,7 @@ _EXPORTS: dict[str, str] = {
     "MoeTrainerMixin": ".moe_mixin",
     "MoeTrainingArguments": ".moe_config",
     "RouterLossCollector": ".router_losses",
+    "UnlearningStep": ".unlearning_losses",
     "optimizer_groups": ".parameter_groups",
     "parameter_roles": ".parameter_groups",
 }

@@ -6,9 +6,15 @@ from hf_moe.lazy import lazy_exports
 
 
 # A new type: its folder, whose `__init__` ends with `register_adapter(...)`, and its line here.
-ADAPTER_FOLDERS: tuple[str, ...] = ()
+ADAPTER_FOLDERS: tuple[str, ...] = ("expert_slice",)
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {})
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "ExpertSliceConfig": ".expert_slice",
+        "ExpertSliceModel": ".expert_slice",
+    },
+)
 
 
 def register_all() -> None:

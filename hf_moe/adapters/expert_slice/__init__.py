@@ -3,10 +3,10 @@
 from hf_moe.registration import register_adapter
 
 from .config import ExpertSliceConfig
-from .layer import BankLayer, RouterLayer, SliceLayer
+from .layer import BankLayer, RouterLayer, SliceLayer, bypass_slices
 from .model import ExpertSliceModel
 
 
-__all__ = ["BankLayer", "ExpertSliceConfig", "ExpertSliceModel", "RouterLayer", "SliceLayer"]
+__all__ = ["BankLayer", "ExpertSliceConfig", "ExpertSliceModel", "RouterLayer", "SliceLayer", "bypass_slices"]
 
 register_adapter(ExpertSliceConfig, ExpertSliceModel)

@@ -3,7 +3,8 @@
 Shapes: T tokens, D hidden, I intermediate, N experts, K per token, M experts of a slice, A tokens sent to one expert.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from hf_moe.adapters.core import BlockLayer
 
 
-__all__ = ["BankLayer", "RouterLayer", "SliceLayer", "bank_parameters", "router_parameters"]
+__all__ = ["BankLayer", "RouterLayer", "SliceLayer", "bank_parameters", "bypass_slices", "router_parameters"]
 
 
 def bank_parameters(bank: Any) -> dict[str, nn.Parameter]:
@@ -196,9 +197,7 @@ class BankLayer(SliceLayer):
             if torch.compiler.is_compiling():  # all tokens: their number per expert would break the graph
                 output = output + (self._feed_forward(hidden_states, tensors) * weight).to(output.dtype)
                 continue
-            rows = (
-                hits[expert].any(dim=-1).nonzero().squeeze(-1)
-            )  # (A,); with A = 0 the copies still get zero gradients
+            rows = hits[expert].any(dim=-1).nonzero().squeeze(-1)  # (A,); A = 0 still gives zero gradients
             state = self._feed_forward(hidden_states[rows], tensors) * weight[rows]
             output = output.index_add(0, rows, state.to(output.dtype))
         return output
@@ -218,7 +217,7 @@ class BankLayer(SliceLayer):
 
 
 class RouterLayer(SliceLayer):
-    """A router that runs with copies of its parameters; hooks on it, and what records its outputs, see no difference."""
+    """A router that runs with copies of its parameters; hooks on it see no difference."""
 
     def build(self, adapter_name: str, config: Any) -> dict[str, nn.Module]:
         """Copies the router's parameters."""
@@ -249,6 +248,25 @@ class RouterLayer(SliceLayer):
             return self.base_layer(*args, **kwargs)
         # torch's own way to run a module with other tensors in its parameters' places, also when it is compiled
         return torch.func.functional_call(self.base_layer, self.in_place_of(working), args, kwargs)
+
+
+@contextmanager
+def bypass_slices(model: nn.Module) -> Iterator[None]:
+    """The base model while the block runs, bit for bit. Unlike PEFT's `disable_adapter`, it leaves `requires_grad` as
+    it is, so it may run between a forward pass and its backward pass.
+
+    Args:
+        model (`nn.Module`): A model with expert slices.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SliceLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
