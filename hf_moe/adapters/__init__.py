@@ -6,13 +6,18 @@ from hf_moe.lazy import lazy_exports
 
 
 # A new type: its folder, whose `__init__` ends with `register_adapter(...)`, and its line here.
-ADAPTER_FOLDERS: tuple[str, ...] = ("expert_slice",)
+ADAPTER_FOLDERS: tuple[str, ...] = (
+    "expert_slice",
+    "local_expert",
+)
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "ExpertSliceConfig": ".expert_slice",
         "ExpertSliceModel": ".expert_slice",
+        "LocalExpertConfig": ".local_expert",
+        "LocalExpertModel": ".local_expert",
     },
 )
 
@@ -25,3 +30,8 @@ def register_all() -> None:
     """
     for folder in ADAPTER_FOLDERS:
         importlib.import_module(f"{__name__}.{folder}")
+
+
+# Last: importing PEFT registers the types, whose folders import what `core` holds. Were PEFT first imported from within
+# `core`, they would find it half made.
+importlib.import_module("peft")

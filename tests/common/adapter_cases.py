@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .tiny_families import tiny_model
 from .toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig
 
 
@@ -33,6 +34,18 @@ def token_inputs() -> dict[str, torch.Tensor]:
     """Two rows of tokens, which are their own labels."""
     ids = torch.tensor([[5, 6, 7, 8, 5, 6], [9, 3, 2, 1, 9, 3]])
     return {"input_ids": ids, "labels": ids}
+
+
+def one_expert(**fields: Any) -> Any:
+    """An expert slice on one expert of the last two layers."""
+    from hf_moe.adapters.expert_slice import ExpertSliceConfig
+
+    return ExpertSliceConfig(**{"layers": {2: [1], 3: [0, 5]}, **fields})
+
+
+def one_expert_llama() -> Any:
+    """Without router losses, with which the model refuses reentrant checkpointing."""
+    return tiny_model("moe_llama", router_aux_loss_coef=0.0)
 
 
 @dataclass(frozen=True)
@@ -90,4 +103,14 @@ CASES = [
     AdapterCase("toy_linear", ToyLinearConfig, mergeable=True),
     AdapterCase("toy_gate", ToyGateConfig, stages=("gate",)),
     AdapterCase("toy_block", ToyBlockConfig),
+    AdapterCase("expert_slice", one_expert, model=one_expert_llama, mergeable=True, mixed=False),
+    # in bfloat16 only to rounding: Mixtral adds its experts up in float32, before the slice is added
+    AdapterCase(
+        "expert_slice_mixtral",
+        one_expert,
+        model=lambda: tiny_model("mixtral"),
+        starts_as_base=False,
+        mergeable=True,
+        mixed=False,
+    ),
 ]

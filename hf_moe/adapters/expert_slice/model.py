@@ -50,8 +50,14 @@ class ExpertSliceModel(CellTuner):
             targets.add(f"{view.name}.experts")
             if peft_config.train_router and router_parameters(view.router):
                 targets.add(paths[id(view.router)].removesuffix(".base_layer"))
+        given = peft_config.target_modules
+        if given is not None and set(given) != targets:  # a saved config has them
+            raise ValueError(
+                f"Target modules {given!r} not found: the targets of expert slices follow from `layers`. Leave "
+                "`target_modules` out."
+            )
         peft_config.layers = {view.name: experts for view, experts in chosen}
-        peft_config.target_modules = targets
+        peft_config.target_modules = sorted(targets)
 
     def make_layer(self, config: Any, target: nn.Module, key: str, parameter_name: str | None) -> CellLayer:
         """A layer around a bank or a router."""
