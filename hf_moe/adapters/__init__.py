@@ -32,6 +32,6 @@ def register_all() -> None:
         importlib.import_module(f"{__name__}.{folder}")
 
 
-# Last: importing PEFT registers the types, whose folders import what `core` holds. Were PEFT first imported from within
-# `core`, they would find it half made.
+# Last: importing PEFT registers the types, whose folders import what `core` holds. Were PEFT first imported from
+# within `core`, they would find it half made.
 importlib.import_module("peft")
