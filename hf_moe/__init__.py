@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ExpertSliceConfig": ".adapters",
         "GlobalBalanceCallback": ".routing",
         "LoadBalancer": ".routing",
+        "LocalExpertConfig": ".adapters",
         "MoeBlock": ".layers",
         "RouterOutput": ".routing",
         "RouterScheduleCallback": ".routing",

@@ -9,6 +9,7 @@ from hf_moe.lazy import lazy_exports
 ADAPTER_FOLDERS: tuple[str, ...] = (
     "expert_slice",
     "local_expert",
+    "mixda",
 )
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -18,6 +19,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ExpertSliceModel": ".expert_slice",
         "LocalExpertConfig": ".local_expert",
         "LocalExpertModel": ".local_expert",
+        "MixdaConfig": ".mixda",
+        "MixdaModel": ".mixda",
     },
 )
 

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from hf_moe import LocalExpertConfig
+from hf_moe.adapters import MixdaConfig
 
 from .tiny_families import tiny_model
 from .toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig
@@ -46,6 +50,19 @@ def one_expert(**fields: Any) -> Any:
 def one_expert_llama() -> Any:
     """Without router losses, with which the model refuses reentrant checkpointing."""
     return tiny_model("moe_llama", router_aux_loss_coef=0.0)
+
+
+def tiny_bert() -> BertForSequenceClassification:
+    """A BERT of two layers with a head for three classes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes)).eval()
+
+
+def labelled_inputs() -> dict[str, torch.Tensor]:
+    """Two rows of tokens, the second padded, with a class each."""
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6], [9, 3, 2, 1, 0, 0]])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([0, 2])}
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,14 @@ CASES = [
     AdapterCase("toy_linear", ToyLinearConfig, mergeable=True),
     AdapterCase("toy_gate", ToyGateConfig, stages=("gate",)),
     AdapterCase("toy_block", ToyBlockConfig),
+    AdapterCase(
+        "local_expert",
+        partial(LocalExpertConfig, mix="soft", gate_feature_module="bert.encoder.layer.0"),
+        model=tiny_bert,
+        inputs=labelled_inputs,
+        generates=False,
+        stages=("expert", "gate"),
+    ),
     AdapterCase("expert_slice", one_expert, model=one_expert_llama, mergeable=True, mixed=False),
     # in bfloat16 only to rounding: Mixtral adds its experts up in float32, before the slice is added
     AdapterCase(
@@ -112,5 +137,25 @@ CASES = [
         starts_as_base=False,
         mergeable=True,
         mixed=False,
+    ),
+    AdapterCase("mixda", MixdaConfig, starts_as_base=False, stages=("task",)),
+    AdapterCase(
+        "mixda_residual",
+        partial(
+            MixdaConfig,
+            domains=["a", "default"],
+            mix_form="residual",
+            gate_pooling="mean",
+            gate_hidden=[8],
+            gate_activation="sigmoid",
+            gate_dropout=0.1,
+            domain_layers=[0, 1],
+            task_reduction=4,
+            reduction=8,
+        ),
+        model=tiny_bert,
+        inputs=labelled_inputs,
+        generates=False,
+        stages=("task",),
     ),
 ]

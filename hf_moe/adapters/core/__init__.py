@@ -2,6 +2,7 @@
 
 from .bottleneck import Bottleneck
 from .config import MoeAdapterConfig
+from .float32_buffers import Float32Buffers
 from .layer import BlockLayer, CellLayer
 from .parameter import ParameterLayer
 from .runtime import Runtime, condition, install_runtime, runtime_of
@@ -13,6 +14,7 @@ __all__ = [
     "Bottleneck",
     "CellLayer",
     "CellTuner",
+    "Float32Buffers",
     "MoeAdapterConfig",
     "ParameterLayer",
     "Runtime",

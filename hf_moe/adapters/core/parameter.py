@@ -44,6 +44,10 @@ class ParameterLayer(CellLayer):
             raise ValueError(f"{type(self).__name__} adds nothing to a parameter.")
         return delta.to(self.get_param().dtype)
 
+    def current_delta(self, adapter_name: str) -> torch.Tensor:
+        """What the running call adds to the parameter: what merging adds, unless a type trains with something else."""
+        return self.get_delta_weight(adapter_name)
+
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base module with the adapted parameter.
 
@@ -70,7 +74,7 @@ class ParameterLayer(CellLayer):
             return self.base_layer(*args, **kwargs)
         parameter = self.get_param()
         for adapter_name in active:
-            parameter = parameter + self.get_delta_weight(adapter_name)
+            parameter = parameter + self.current_delta(adapter_name)
         path, inner = self.parameter_name, self.base_layer
         while isinstance(inner, CellLayer):
             path, inner = f"base_layer.{path}", inner.base_layer

@@ -7,6 +7,7 @@ deep copies, and the recomputation of gradient checkpointing finds in it what th
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class Runtime:
         self.parameters = parameters
         self.reads: set[str] = set()
         self.takes: set[str] = set()
+        self.kept: set[str] = set()
         self.given: dict[str, Any] = {}
         self.values: dict[str, Any] = {}
-        self.handle: Any = None
+        self.handles: list[Any] = []
         self._derived: dict[str, Any] = {}
         self._rows: torch.Tensor | None = None
         self._batch = 0
@@ -50,7 +52,7 @@ class Runtime:
         """Says what to keep of a forward call.
 
         Args:
-            reads (`Iterable[str]`): Arguments of the base model that are copied.
+            reads (`Iterable[str]`): Arguments of the base model that are copied; `"input"` is the first one.
             takes (`Iterable[str]`): Additional keyword arguments that are taken out before the base model sees them;
                 [`condition`] sets them too.
         """
@@ -61,6 +63,8 @@ class Runtime:
         """The hook: remembers the call's arguments, and returns them without those that only adapters understand."""
         named = dict(zip(self.parameters, args, strict=False)) | kwargs
         values = {name: named[name] for name in self.reads if named.get(name) is not None}
+        if "input" in self.reads:
+            values["input"] = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
         values |= self.given
         values |= {name: kwargs[name] for name in self.takes if kwargs.get(name) is not None}
         if not torch.compiler.is_compiling() and not in_backward():
@@ -121,9 +125,26 @@ class Runtime:
                 self._rows = rows
         return self._select(self._derived[name])
 
-    def put(self, name: str, value: Any) -> None:
-        """Keeps something one module of this call leaves for a later one, under the name `derive` and it share."""
-        self._derived[name] = value
+    def keep_output(self, module: nn.Module, name: str) -> None:
+        """Keeps what a module of the base returns in each call, for [`Runtime.kept_output`].
+
+        Args:
+            module (`nn.Module`): Some module that runs before the one that will ask.
+            name (`str`): Name of the value. Asking for the same one again adds no second hook.
+        """
+        if name not in self.kept:
+            self.kept.add(name)
+            self.handles.append(module.register_forward_hook(partial(_keep, self, name)))
+
+    def kept_output(self, name: str) -> Any:
+        """What the module of [`Runtime.keep_output`] returned in this call.
+
+        Raises:
+            RuntimeError: It has not run before the one that asks.
+        """
+        if name not in self._derived:
+            raise RuntimeError(f"{name!r} has not run in this forward call before the adapter that reads its output.")
+        return self._select(self._derived[name])
 
     @contextmanager
     def rows(self, index: torch.Tensor, batch: int) -> Iterator[None]:
@@ -139,6 +160,10 @@ class Runtime:
         if self._rows is None or not isinstance(value, torch.Tensor) or value.ndim == 0:
             return value
         return value[self._rows] if value.shape[0] == self._batch else value
+
+
+def _keep(runtime: Runtime, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+    runtime._derived[name] = output[0] if isinstance(output, tuple) else output
 
 
 def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -179,21 +204,22 @@ def install_runtime(model: nn.Module, reads: Iterable[str] = (), takes: Iterable
         parameters = inspect.signature(model.forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         runtime = Runtime(tuple(p.name for p in parameters if p.kind in positional))
-        runtime.handle = model.register_forward_pre_hook(runtime.capture, with_kwargs=True)
+        runtime.handles.append(model.register_forward_pre_hook(runtime.capture, with_kwargs=True))
         model.__dict__[_ATTRIBUTE] = runtime
     runtime.declare(reads, takes)
     return runtime
 
 
 def remove_runtime(model: nn.Module) -> None:
-    """Takes the hook off `model`; does nothing where there is none.
+    """Takes the hooks off `model`; does nothing where there are none.
 
     Args:
         model (`nn.Module`): The base model.
     """
     runtime = model.__dict__.pop(_ATTRIBUTE, None)
     if runtime is not None:
-        runtime.handle.remove()
+        for handle in runtime.handles:
+            handle.remove()
 
 
 @contextmanager

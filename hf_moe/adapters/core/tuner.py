@@ -55,6 +55,16 @@ class CellTuner(BaseTuner):
             return None
         return install_runtime(self.model, self.reads, self.takes)
 
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, but an error leaves a model that had no adapter of this type as it was."""
+        first = not any(isinstance(module, self.tuner_layer_cls) for module in self.model.modules())
+        try:
+            super().inject_adapter(*args, **kwargs)
+        except Exception:
+            if first:
+                self.unload()
+            raise
+
     def _create_and_replace(
         self,
         peft_config: Any,

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
-from common.toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig
+from common.adapter_cases import tiny_llama
+from common.toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig, ToyLinearTuner
 from peft import PeftType, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_moe.adapters.core import condition, runtime_of
 from hf_moe.registration import ensure_peft_type, register_adapter
@@ -15,12 +16,6 @@ from hf_moe.registration import ensure_peft_type, register_adapter
 
 CONFIGS = (ToyLinearConfig, ToyGateConfig, ToyBlockConfig)
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 2, 1]])
-
-
-def tiny_llama(**kwargs):
-    torch.manual_seed(0)
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **settings, **kwargs)).eval()
 
 
 def tiny_mixtral():
@@ -73,6 +68,7 @@ def test_copies_and_pickles_are_independent(config_class):
 
 def test_compiled_model_gives_the_same(config_class):
     model = get_peft_model(tiny_llama(), config_class(init_weights=False)).eval()
+    torch.compiler.reset()  # other tests have compiled the same code for other modules
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model))
     if config_class is ToyBlockConfig:
@@ -145,6 +141,16 @@ def test_parameter_adapters_refuse_mixed_batches():
         get_peft_model(tiny_mixtral(), ToyGateConfig(target_modules=[], target_parameters=["mlp.gate.weight"]))
 
 
+def test_an_error_on_the_way_leaves_the_model_as_it_was():
+    base = tiny_llama()
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(AttributeError):  # an embedding has no `in_features`
+        get_peft_model(base, ToyGateConfig(target_modules=["down_proj", "lm_head", "embed_tokens", "norm"]))
+    assert [type(module) for module in base.modules()] == kinds
+    assert not base._forward_pre_hooks
+    assert torch.equal(logits(get_peft_model(base, ToyGateConfig()).eval()), logits(tiny_llama()))
+
+
 def test_config_errors_come_at_construction():
     with pytest.raises(ValueError, match="`r` must be at least 1, got 0"):
         ToyLinearConfig(r=0)
@@ -162,8 +168,6 @@ def test_registration_happens_once():
 
     class Foreign(ToyLinearConfig):
         pass
-
-    from common.toy_adapters import ToyLinearTuner
 
     register_adapter(ToyLinearConfig, ToyLinearTuner)
     with pytest.raises(ValueError, match="already"):
