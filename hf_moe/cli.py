@@ -27,6 +27,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("hf_moe.convert", "load a checkpoint that its authors released in a layout of their own"),
     "train": Command("hf_moe.trainers.command", "fine-tune with one of the training scripts, under accelerate launch"),
     "inspect": Command("hf_moe.reporting.command", "draw how a model routes a text: load, entropy, co-activation"),
+    "compare": Command("hf_moe.reporting.compare_command", "how routing differs between two models, or two texts"),
     "bench": Command("hf_moe.experts.benchmark.command", "compare experts implementations on this machine, or tune"),
     "export-decoder": Command("hf_moe.generation.command", "write self-contrast decoding as a folder for `generate`"),
     "list": Command("hf_moe.listing", "model types, routers, experts and recipes, each with its paper"),

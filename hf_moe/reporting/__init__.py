@@ -8,8 +8,16 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "ExpertLoadCallback": ".callback",
         "LayerReport": ".report",
+        "LayerShift": ".shift",
+        "LayerSnapshot": ".snapshot",
         "RoutingReport": ".report",
+        "RoutingReportCallback": ".report_callback",
+        "RoutingSnapshot": ".snapshot",
+        "ShiftReport": ".shift",
         "TokenExample": ".report",
         "routing_report": ".collect",
+        "routing_shift": ".shift",
+        "routing_snapshot": ".snapshot",
+        "token_class": ".token_classes",
     },
 )

@@ -14,6 +14,8 @@ from hf_moe.routing.layer_routing import LayerRouting
 from hf_moe.routing.statistics import RouterStats
 from hf_moe.views import MoeLayerView, Routing, in_backward, moe_layers, unwrap_model
 
+from .drawing import evenly_spaced
+
 
 __all__ = ["ExpertLoadCallback", "TrainingRecorder"]
 
@@ -148,7 +150,7 @@ class TrainingRecorder:
         summary = self.stats.reduce().compute()
         self.stats.reset()
         values = {f"routing/{key}": value for key, value in summary.scalars().items()}
-        for row in _evenly_spaced(len(self.views), per_layer):
+        for row in evenly_spaced(len(self.views), per_layer):
             values[f"routing/layer_{row}/max_violation"] = summary.max_violation[row].item()
             values[f"routing/layer_{row}/entropy"] = summary.entropy[row].item()
         return values
@@ -185,9 +187,3 @@ class TrainingRecorder:
         if mask is not None and mask.numel() != layers[0].index.shape[0]:
             mask = None  # it describes something else, e.g. text and image tokens together
         self.stats.update(layers, None if mask is None else mask.to(device))
-
-
-def _evenly_spaced(length: int, limit: int) -> list[int]:
-    if limit >= length:
-        return list(range(length))
-    return sorted({round(i * (length - 1) / max(limit - 1, 1)) for i in range(limit)})

@@ -4,32 +4,32 @@ Shapes: B batch, S sequence, T = B * S tokens, L MoE layers, N experts, K per to
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
 from hf_moe.metrics.summary import marginal_entropy
-from hf_moe.routing.layer_routing import LayerRouting
 from hf_moe.routing.statistics import RouterStats
-from hf_moe.views import MoeLayerView, RoutingRecorder, record_routing, unwrap_model
+from hf_moe.views import MoeLayerView, moe_layers, unwrap_model
 
 from .cooccurrence import CoActivation, TokenExpertCounts
+from .groups import PositionCounts, in_order, loads_of
+from .passes import RoutedBatch, longest_window, route
 from .report import LayerReport, RoutingReport, TokenExample
+from .token_classes import POSITION_BINS, TOKEN_CLASSES, class_of_each_id, position_bin
 from .windows import check_tokenizer, token_batches, token_windows
 
 
-__all__ = ["routing_report"]
+__all__ = ["Collector", "check_arguments", "model_title", "routing_report"]
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_MAX_LENGTH = 512
 
-
-@torch.no_grad()
 def routing_report(
     model: nn.Module,
     tokenizer: Any,
@@ -39,6 +39,7 @@ def routing_report(
     max_length: int | None = None,
     max_tokens: int | None = None,
     examples_per_expert: int = 12,
+    token_classes: Callable[[str], str] | None = None,
     model_name: str | None = None,
     show_progress: bool = False,
 ) -> RoutingReport:
@@ -55,6 +56,8 @@ def routing_report(
         max_length (`int`, *optional*): Tokens of a window; by default 512, or the model's longest if that is less.
         max_tokens (`int`, *optional*): Stop after this many tokens; all by default.
         examples_per_expert (`int`, defaults to 12): Typical tokens to keep of each expert.
+        token_classes (`Callable[[str], str]`, *optional*): Text of a token to the name of its class, for the tables of
+            routing by class; [`~hf_moe.reporting.token_class`] by default.
         model_name (`str`, *optional*): Title of the report; by default what the model was loaded from.
         show_progress (`bool`, defaults to `False`): Draw a progress bar.
 
@@ -71,76 +74,98 @@ def routing_report(
         report.save("routing-report")
         ```
     """
-    for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_tokens", max_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    inner = unwrap_model(model)
-    embedding: Any = inner.get_input_embeddings().weight  # (V, D)
-    check_tokenizer(tokenizer, embedding.shape[0])
-    trunk = inner.base_model  # without the head, whose logits nobody looks at
-    if max_length is None:
-        longest = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-        max_length = min(DEFAULT_MAX_LENGTH, longest or DEFAULT_MAX_LENGTH)
-    batches = token_batches(
-        token_windows(tokenizer, texts, max_length, max_tokens), batch_size, tokenizer.pad_token_id
-    )
-    training = inner.training
-    inner.eval()
-    try:
-        with (
-            record_routing(inner, offload=True) as recorder,
-            logging.tqdm(total=max_tokens, unit="token", desc="Routing", disable=not show_progress) as bar,
-        ):
-            collector = Collector(recorder, vocabulary=embedding.shape[0])
-            for input_ids, attention_mask in batches:
-                device = embedding.device
-                trunk(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
-                collector.take(input_ids.flatten(), attention_mask.flatten().bool())
-                bar.update(int(attention_mask.sum()))
-    finally:
-        inner.train(training)
-    return collector.report(tokenizer, examples_per_expert, model_name or _name_of(inner))
+    check_arguments(batch_size=batch_size, max_length=max_length, max_tokens=max_tokens)
+    inner: Any = unwrap_model(model)
+    collector = Collector(moe_layers(inner), vocabulary=inner.get_input_embeddings().weight.shape[0])
+    check_tokenizer(tokenizer, collector.occurrences.shape[0])
+    windows = token_windows(tokenizer, texts, max_length or longest_window(inner.config), max_tokens)
+    with logging.tqdm(total=max_tokens, unit="token", desc="Routing", disable=not show_progress) as bar:
+
+        def take(batch: RoutedBatch) -> None:
+            collector.take(batch)
+            bar.update(int(batch.token_mask.sum()))
+
+        route(inner, token_batches(windows, batch_size, tokenizer.pad_token_id), take)
+    return collector.report(tokenizer, examples_per_expert, model_name or model_title(inner), token_classes)
 
 
 class Collector:
-    """Sums over batches; knows how to turn them into a [`RoutingReport`]."""
+    """Sums over batches; knows how to turn them into a [`RoutingReport`].
 
-    def __init__(self, recorder: RoutingRecorder, vocabulary: int):
-        self.recorder = recorder
-        self.views: list[MoeLayerView] = [layer.view for layer in recorder.layers]
+    Args:
+        views (`list[MoeLayerView]`): The layers that will be taken.
+        vocabulary (`int`): Ids there can be.
+    """
+
+    def __init__(self, views: list[MoeLayerView], vocabulary: int):
+        self.views = views
         self.stats = RouterStats()
         self.occurrences = torch.zeros(vocabulary, dtype=torch.int64)
-        self.coactivation = [CoActivation(view.num_experts) for view in self.views]
-        self.tokens = [TokenExpertCounts(view.num_experts) for view in self.views]
+        self.positions = torch.zeros(len(POSITION_BINS), dtype=torch.int64)
+        self.coactivation = [CoActivation(view.num_experts) for view in views]
+        self.tokens = [TokenExpertCounts(view.num_experts) for view in views]
+        self.by_position = [PositionCounts(view.num_experts) for view in views]
 
-    def take(self, token_ids: torch.Tensor, token_mask: torch.Tensor) -> None:
-        """Adds what was recorded of one batch, and forgets it.
+    def take(self, batch: RoutedBatch) -> None:
+        """Adds a batch.
 
         Args:
-            token_ids (`torch.Tensor` of shape `(T,)`): The batch, flattened.
-            token_mask (`torch.Tensor` of shape `(T,)`): `False` on padding.
+            batch ([`RoutedBatch`]): Kept nowhere.
         """
-        layers = []
-        for record in self.recorder.layers:
-            if len(record.top_k_index) != 1 or record.top_k_index[0].shape[0] != token_ids.shape[0]:
-                routed = [index.shape[0] for index in record.top_k_index]
-                raise ValueError(
-                    f"The router of {record.view.name!r} was called with {routed} tokens for a batch of "
-                    f"{token_ids.shape[0]}. Reports need models that route every token exactly once per layer."
-                )
-            index = record.top_k_index[0]
-            layers.append(LayerRouting(record.router_logits[0], index, record.view.probabilities))
-        self.stats.update(layers, token_mask)
-        token_ids = token_ids[token_mask]
+        mask = batch.token_mask
+        self.stats.update(batch.layers, mask)
+        token_ids, bins = batch.token_ids[mask], position_bin(batch.positions[mask])
         self.occurrences += torch.bincount(token_ids, minlength=self.occurrences.shape[0])
-        for layer, together, tokens in zip(layers, self.coactivation, self.tokens, strict=True):
-            index = layer.index[token_mask]
-            together.update(index)
-            tokens.update(token_ids, index)
-        self.recorder.clear()
+        self.positions += torch.bincount(bins, minlength=len(POSITION_BINS))
+        for row, layer in enumerate(batch.layers):
+            index = layer.index[mask]
+            self.coactivation[row].update(index)
+            self.tokens[row].update(token_ids, index)
+            self.by_position[row].update(bins, index)
 
-    def report(self, tokenizer: Any, examples_per_expert: int, model_name: str) -> RoutingReport:
+    def reduce(self) -> "Collector":
+        """The sum over processes; every process must call it, and must have taken a batch.
+
+        Returns:
+            [`Collector`]: A new one, or this one where there is a single process.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self
+        total = Collector(self.views, self.occurrences.shape[0])
+        parts: list[Any] = [None] * dist.get_world_size()
+        rows = [(c.counts, t.pairs(), p.counts) for c, t, p in self._rows()]
+        # Objects, whatever the backend: NCCL reduces nothing on the CPU.
+        dist.all_gather_object(parts, (self.stats, self.occurrences, self.positions, rows))
+        for stats, occurrences, positions, rows in parts:
+            total.stats.add(stats)
+            total.occurrences += occurrences
+            total.positions += positions
+            for (together, tokens, by_position), (c, t, p) in zip(total._rows(), rows, strict=True):
+                together.counts += c
+                tokens.add(*t)
+                by_position.counts += p
+        return total
+
+    def _rows(self) -> list[tuple[CoActivation, TokenExpertCounts, PositionCounts]]:
+        return list(zip(self.coactivation, self.tokens, self.by_position, strict=True))
+
+    def report(
+        self,
+        tokenizer: Any,
+        examples_per_expert: int,
+        model_name: str,
+        classes: Callable[[str], str] | None = None,
+    ) -> RoutingReport:
         """The report of everything taken so far.
+
+        Args:
+            tokenizer: A transformers tokenizer.
+            examples_per_expert (`int`): Typical tokens to keep of each expert.
+            model_name (`str`): Title of the report.
+            classes (`Callable[[str], str]`, *optional*): As in [`routing_report`].
+
+        Returns:
+            [`RoutingReport`]
 
         Raises:
             ValueError: nothing was.
@@ -149,6 +174,13 @@ class Collector:
             raise ValueError("`texts` holds no token: there is nothing to report. Pass texts that are not empty.")
         summary = self.stats.compute()
         of_the_mean = marginal_entropy(summary)
+        seen = torch.nonzero(self.occurrences).flatten().tolist()
+        class_of = class_of_each_id(tokenizer, seen, classes)
+        names = in_order(class_of.values(), TOKEN_CLASSES)
+        class_sizes = dict.fromkeys(names, 0)
+        for token_id in seen:
+            class_sizes[class_of[token_id]] += int(self.occurrences[token_id])
+        positions = {name: n for name, n in zip(POSITION_BINS, self.positions.tolist(), strict=True) if n}
         layers = []
         for row, view in enumerate(self.views):
             n = view.num_experts
@@ -173,9 +205,11 @@ class Collector:
                         [TokenExample(_text_of(tokenizer, token.token_id), *token) for token in expert]
                         for expert in typical
                     ],
+                    class_load=loads_of(names, self.tokens[row].by_class(class_of, names)),
+                    position_load=loads_of(positions, self.by_position[row].counts[self.positions > 0]),
                 )
             )
-        return RoutingReport(model_name, summary.num_tokens, layers)
+        return RoutingReport(model_name, summary.num_tokens, layers, class_sizes, positions)
 
 
 def _text_of(tokenizer: Any, token_id: int) -> str:
@@ -184,7 +218,29 @@ def _text_of(tokenizer: Any, token_id: int) -> str:
     return tokenizer.convert_ids_to_tokens(token_id) if not text or "\ufffd" in text else text
 
 
-def _name_of(model: nn.Module) -> str:
-    """The Hub id or the last part of a local path: where a folder lies on this machine is nobody's business."""
-    source = str(getattr(model.config, "_name_or_path", "") or "")
+def check_arguments(**sizes: int | None) -> None:
+    """Refuses sizes below 1.
+
+    Args:
+        **sizes (`int`, *optional*): Name to value; `None` is allowed.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+def model_title(model: nn.Module) -> str:
+    """The Hub id or the last part of a local path: where a folder lies on this machine is nobody's business.
+
+    Args:
+        model (`nn.Module`): A transformers model, without wrapper.
+
+    Returns:
+        `str`
+    """
+    config: Any = model.config
+    source = str(getattr(config, "_name_or_path", "") or "")
     return (Path(source).resolve().name if os.path.isdir(source) else source) or type(model).__name__

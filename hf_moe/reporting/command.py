@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .report import check_writable
+from .folder import check_writable
 
 
-__all__ = ["add_arguments", "read_texts", "run"]
+__all__ = [
+    "add_arguments",
+    "add_pass_arguments",
+    "check_name",
+    "check_pass_arguments",
+    "check_text",
+    "load",
+    "read_texts",
+    "run",
+]
 
 # A paragraph longer than this is handed on in parts, so that a file without blank lines is not read at once.
 LONGEST_TEXT = 20_000
@@ -23,9 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of a Mixture-of-Experts model")
     parser.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text; blank lines separate documents")
-    parser.add_argument(
-        "--output", metavar="DIR", default="routing-report", help="where the report goes (default: %(default)s)"
-    )
+    add_pass_arguments(parser, output="routing-report")
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """Declares what commands that route texts share.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The sub-command's parser.
+        output (`str`): Default of `--output`.
+    """
+    parser.add_argument("--output", metavar="DIR", default=output, help="where the report goes (default: %(default)s)")
     parser.add_argument(
         "--max-tokens", metavar="N", type=int, default=10_000, help="tokens to route at most (default: %(default)s)"
     )
@@ -33,6 +50,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", metavar="N", type=int, default=8, help="windows per forward pass (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the fastest there is)")
+
+
+def check_pass_arguments(args: argparse.Namespace, command: str) -> str:
+    """Checks what [`add_pass_arguments`] declared, before anything is loaded.
+
+    Args:
+        args (`argparse.Namespace`): Of the command.
+        command (`str`): Its name.
+
+    Returns:
+        `str`: The device to run on.
+
+    Raises:
+        ValueError: a number out of range, or an unknown device.
+        OSError: the output cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    for name in ("max_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    check_writable(args.output)
+    check_matplotlib(command)
+    return choose_device(args.device)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,13 +89,8 @@ def run(args: argparse.Namespace) -> int:
             out of range.
         OSError: the model or the text cannot be read, or the output cannot be written. Nothing was written then.
     """
-    for name in ("max_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(args, name)}.")
+    device = check_pass_arguments(args, "hf-moe inspect")
     check_text(args.text)
-    check_writable(args.output)
-    check_matplotlib()
-    device = choose_device(args.device)
 
     from .collect import routing_report
     from .markdown import markdown_table
@@ -75,25 +110,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_text(path: str) -> None:
+def check_text(path: str, option: str = "--text") -> None:
     """Refuses a file without any text.
 
     Args:
         path (`str`): The file.
+        option (`str`, defaults to `"--text"`): What it was given as.
 
     Raises:
         ValueError: it holds nothing but white space, or is not UTF-8.
         OSError: it cannot be read.
     """
-    if next(read_texts(path), None) is None:
-        raise ValueError(f"`--text` {path!r} is empty: there is nothing to route. Give a file with text.")
+    if next(read_texts(path, option), None) is None:
+        raise ValueError(f"`{option}` {path!r} is empty: there is nothing to route. Give a file with text.")
 
 
-def read_texts(path: str) -> Iterator[str]:
+def read_texts(path: str, option: str = "--text") -> Iterator[str]:
     """Paragraphs of a text file, read as they are needed.
 
     Args:
         path (`str`): A UTF-8 file.
+        option (`str`, defaults to `"--text"`): What it was given as.
 
     Yields:
         `str`: A paragraph (blank lines separate them); a very long one in parts.
@@ -103,7 +140,7 @@ def read_texts(path: str) -> Iterator[str]:
         OSError: it cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`--text` {path!r} is not a file. Give the path of a text file.")
+        raise FileNotFoundError(f"`{option}` {path!r} is not a file. Give the path of a text file.")
     lines: list[str] = []
     size = 0
     try:
@@ -117,7 +154,7 @@ def read_texts(path: str) -> Iterator[str]:
                     lines, size = [], 0
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"`--text` {path!r} is not UTF-8 text ({error.reason}). Convert it to UTF-8 first."
+            f"`{option}` {path!r} is not UTF-8 text ({error.reason}). Convert it to UTF-8 first."
         ) from error
     if lines:
         yield "".join(lines)
@@ -148,8 +185,11 @@ def choose_device(name: str) -> str:
     return name
 
 
-def check_matplotlib() -> None:
+def check_matplotlib(command: str) -> None:
     """Refuses to start what could not be drawn at the end.
+
+    Args:
+        command (`str`): What was started.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -157,7 +197,20 @@ def check_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise ImportError("`hf-moe inspect` draws plots and needs matplotlib. Run `pip install matplotlib`.")
+        raise ImportError(f"`{command}` draws plots and needs matplotlib. Run `pip install matplotlib`.")
+
+
+def check_name(name: str) -> None:
+    """Refuses a path to nowhere, which would else be looked for on the Hub.
+
+    Args:
+        name (`str`): Folder or Hub id.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and there is no such folder.
+    """
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"MODEL {name!r} is not a folder. Give the folder of a saved model, or a Hub id.")
 
 
 def load(name: str, device: str) -> tuple[Any, Any]:
@@ -179,8 +232,7 @@ def load(name: str, device: str) -> tuple[Any, Any]:
     import hf_moe  # noqa: F401  makes our model types known
     from hf_moe.views import moe_layers
 
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"MODEL {name!r} is not a folder. Give the folder of a saved model, or a Hub id.")
+    check_name(name)
     config = AutoConfig.from_pretrained(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

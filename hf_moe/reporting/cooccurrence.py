@@ -4,6 +4,7 @@ Shapes: T tokens, N experts, K per token.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,10 +62,37 @@ class TokenExpertCounts:
             top_k_index (`torch.Tensor` of shape `(T, K)`): Chosen experts, N on empty slots.
         """
         keys = token_ids.unsqueeze(-1) * self.num_experts + top_k_index  # (T, K)
-        keys, counts = keys[top_k_index < self.num_experts].unique(return_counts=True)
+        self.add(*keys[top_k_index < self.num_experts].unique(return_counts=True))
+
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What [`add`] takes: keys (token id times N plus expert) and their counts, both `(M,)`."""
+        return self._keys, self._counts
+
+    def add(self, keys: torch.Tensor, counts: torch.Tensor) -> None:
+        """Adds counted pairs.
+
+        Args:
+            keys (`torch.Tensor` of shape `(M,)`): Token id times N plus expert, no key twice.
+            counts (`torch.Tensor` of shape `(M,)`): How often.
+        """
         self._keys, place = torch.cat([self._keys, keys]).unique(return_inverse=True)
         total = torch.zeros(self._keys.shape[0], dtype=torch.int64)
         self._counts = total.scatter_add_(0, place, torch.cat([self._counts, counts]))
+
+    def by_class(self, class_of: Mapping[int, str], names: Sequence[str]) -> torch.Tensor:
+        """How often each expert received tokens of each class.
+
+        Args:
+            class_of (`Mapping[int, str]`): Class of every token id that was seen.
+            names (`Sequence[str]`): The classes.
+
+        Returns:
+            `torch.Tensor` of shape `(C, N)`, int64, in the order of `names`.
+        """
+        ids, place = (self._keys // self.num_experts).unique(return_inverse=True)
+        rows = torch.tensor([names.index(class_of[i]) for i in ids.tolist()], dtype=torch.int64)[place]
+        counts = torch.zeros(len(names), self.num_experts, dtype=torch.int64)
+        return counts.index_put_((rows, self._keys % self.num_experts), self._counts, accumulate=True)
 
     def typical(self, occurrences: torch.Tensor, limit: int, min_count: int = 3) -> list[list[TypicalToken]]:
         """The tokens that say most about each expert: largest n_te log(P(e|t) / P(e)) among those it prefers.

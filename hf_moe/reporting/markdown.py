@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
+from .drawing import evenly_spaced
+from .groups import total_variation
 
 
 if TYPE_CHECKING:
     from .report import LayerReport, RoutingReport, TokenExample
+    from .shift import ShiftReport
 
 
-__all__ = ["markdown_table", "render_markdown"]
+__all__ = ["markdown_table", "render_markdown", "render_shift"]
 
 # A page is for reading: report.json has every layer and expert.
 MAX_EXAMPLE_LAYERS = 3
@@ -39,11 +41,56 @@ def render_markdown(report: "RoutingReport", plots: Mapping[str, str]) -> str:
         markdown_table(report.table()),
         "*Max violation*: load of the busiest expert over the mean load, minus 1; 0 is even. *Entropy*: of the "
         "router's distribution, mean over tokens; ln N would be undecided. *Entropy of the mean*: ln N where the "
-        "text as a whole uses all experts alike; its distance to the column before is how much the token decides.",
+        "text as a whole uses all experts alike; its distance to the column before is how much the token decides. "
+        "*Shift by class*, *by position*: share of the assignments that would have to move for all classes of tokens, "
+        "or all positions in a window, to be routed alike; 0 where they do not matter.",
+        *_classes(report),
     ]
     for name, caption in plots.items():
         parts.append(f"![{caption}]({name})\n\n{caption}")
     parts += _examples(report)
+    return "\n\n".join(parts) + "\n"
+
+
+def render_shift(report: "ShiftReport") -> str:
+    """The page of a routing shift.
+
+    Args:
+        report ([`ShiftReport`]): What to describe.
+
+    Returns:
+        `str`: Markdown.
+    """
+    metrics = report.metrics()
+    if report.paired:
+        summary = (
+            f"The same {report.tokens_a:,} tokens through {len(report.layers)} MoE layers. Means over layers: of the "
+            f"experts chosen for a token {metrics['selection_shift']:.1%} are others in B (worst layer "
+            f"{metrics['selection_shift_worst_layer']:.1%}), {metrics['best_shift']:.1%} of the tokens have another "
+            f"most probable expert, and the load of the experts shifted by {metrics['load_shift']:.1%}."
+        )
+    else:
+        summary = (
+            f"{report.tokens_a:,} tokens in A and {report.tokens_b:,} other tokens in B, through {len(report.layers)} "
+            f"MoE layers. The load of the experts shifts by {metrics['load_shift']:.1%}, mean over layers (worst "
+            f"layer {metrics['load_shift_worst_layer']:.1%}). Small texts differ by chance too."
+        )
+    caption = "Above: how much of the routing differs, by layer. Below: experts that B uses more (red) or less (blue)."
+    parts = [
+        f"# Routing shift\n\nA: {report.name_a}\n\nB: {report.name_b}",
+        summary,
+        "## Layers",
+        markdown_table(report.table()),
+        "Shifts are shares, 0 to 1. *Load shift*: of the assignments, those that would have to move to another expert "
+        "for both loads to be equal. *Probability shift*: the same for the mean distribution of the router."
+        + (
+            " *Selection shift*: of the experts chosen for a token in A, those not chosen in B. *Token shift*: total "
+            "variation of the router's two distributions for a token."
+            if report.paired
+            else ""
+        ),
+        f"![{caption}](routing_shift.png)\n\n{caption}",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -68,8 +115,33 @@ def _zero_computation(report: "RoutingReport") -> list[str]:
     return [f"{1 - sum(shares) / len(shares):.1%} of the assignments went to zero-computation experts."]
 
 
+def _classes(report: "RoutingReport") -> list[str]:
+    """A table of the classes: which expert each prefers in the layer where class matters most."""
+    if len(report.token_classes) < 2:
+        return []
+    layer = max(report.layers, key=report.class_shift)
+    rows = []
+    for name, size in report.token_classes.items():
+        load = layer.class_load[name]
+        best = max(range(layer.num_experts), key=load.__getitem__)
+        rows.append(
+            {
+                "Class": name,
+                "Tokens": f"{size / report.num_tokens:.1%}",
+                "Busiest expert": f"{layer.expert_labels[best]} ({load[best]:.0%})",
+                "Shift": f"{total_variation(load, layer.load):.2f}",
+            }
+        )
+    return [
+        "## Routing by class of token",
+        f"In {layer.name}, where the class matters most. *Shift*: share of the class's assignments that would have to "
+        "move for it to be routed like the whole text.",
+        markdown_table(rows),
+    ]
+
+
 def _examples(report: "RoutingReport") -> list[str]:
-    chosen = sorted(set(np.linspace(0, len(report.layers) - 1, MAX_EXAMPLE_LAYERS).round().astype(int).tolist()))
+    chosen = evenly_spaced(len(report.layers), MAX_EXAMPLE_LAYERS)
     parts = [
         "## Tokens typical of an expert",
         "Tokens that an expert receives more often than other tokens do, the most informative first; behind each, "

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .drawing import DPI, evenly_spaced, report_title, ticks, write_figure
+from .group_plots import draw_classes, draw_positions
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_coactivation", "draw_entropy", "draw_load", "relative_coactivation", "save_plots"]
 
-DPI = 130
 # More panels than this are not read by anybody; evenly spaced layers are shown, and the title says so.
 MAX_COACTIVATION_PANELS = 9
 # Pairs expected together less often than this say nothing, whatever was counted.
@@ -39,13 +41,13 @@ def save_plots(report: "RoutingReport", directory: Path) -> dict[str, str]:
 
     Returns:
         `dict[str, str]`: File name to caption, in reading order. Co-activation is left out where every token goes to
-        one expert.
+        one expert, a plot by group where there is one group.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("Plots need matplotlib, which is not installed. Run `pip install matplotlib`.") from error
 
@@ -64,12 +66,20 @@ def save_plots(report: "RoutingReport", directory: Path) -> dict[str, str]:
             "How often two experts process the same token, relative to what their loads alone would give (1 is "
             "chance). Gray: the diagonal, and pairs too rare to tell.",
         ),
+        "token_classes.png": (
+            draw_classes,
+            "Which experts a class of tokens prefers (red) or avoids (blue), relative to the whole text.",
+        ),
+        "positions.png": (
+            draw_positions,
+            "The same for the position of a token in its window of text.",
+        ),
     }
     captions = {}
     for name, (draw, caption) in drawings.items():
         figure = draw(report)
         if figure is not None:
-            FigureCanvasAgg(figure).print_png(directory / name)
+            write_figure(figure, directory / name)
             captions[name] = caption
     return captions
 
@@ -115,11 +125,11 @@ def draw_load(report: "RoutingReport") -> "Figure":
                 )
     bar = figure.colorbar(image, ax=axes, label="load / even load")
     bar.ax.axhline(1.0, color="black", linewidth=1.2)
-    ticks, labels = _ticks(max(layers, key=lambda layer: layer.num_experts).expert_labels, limit=24)
-    axes.set_xticks(ticks, labels, fontsize=7, rotation=90 if max(map(len, labels)) > 3 else 0)
-    axes.set_yticks(*_ticks([layer.name for layer in layers], limit=40), fontsize=7)
+    places, labels = ticks(max(layers, key=lambda layer: layer.num_experts).expert_labels, limit=24)
+    axes.set_xticks(places, labels, fontsize=7, rotation=90 if max(map(len, labels)) > 3 else 0)
+    axes.set_yticks(*ticks([layer.name for layer in layers], limit=40), fontsize=7)
     axes.set(xlabel="expert", ylabel="MoE layer")
-    axes.set_title(f"Expert load: {_title(report)}", fontsize=10)
+    axes.set_title(f"Expert load: {report_title(report)}", fontsize=10)
     return figure
 
 
@@ -148,7 +158,7 @@ def draw_entropy(report: "RoutingReport") -> "Figure":
     above.set_ylim(0, 1.12 * max(max(uniform), 0.1))
     above.set_ylabel("routing entropy (nats)")
     above.legend(fontsize=8, loc="best")
-    above.set_title(f"Routing entropy and balance: {_title(report)}", fontsize=10)
+    above.set_title(f"Routing entropy and balance: {report_title(report)}", fontsize=10)
     violation = [layer.max_violation for layer in layers]
     below.bar(x, violation, color="tab:red", width=0.7)
     below.axhline(0, color="black", linewidth=0.8)
@@ -177,8 +187,7 @@ def draw_coactivation(report: "RoutingReport") -> "Figure | None":
     together = [layer for layer in report.layers if layer.active_experts > 1 and layer.num_experts > 1]
     if not together:
         return None
-    chosen = sorted(set(np.linspace(0, len(together) - 1, MAX_COACTIVATION_PANELS).round().astype(int).tolist()))
-    shown = [together[i] for i in chosen]
+    shown = [together[i] for i in evenly_spaced(len(together), MAX_COACTIVATION_PANELS)]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(max(3.4 * columns + 0.9, 6.5), 3.2 * rows + 0.8), dpi=DPI, layout="constrained")
@@ -189,9 +198,9 @@ def draw_coactivation(report: "RoutingReport") -> "Figure | None":
         axes.imshow(ratio, cmap="RdBu_r", norm=norm, interpolation="nearest")
         axes.set_facecolor("darkgray")
         axes.set_title(layer.name, fontsize=9)
-        ticks, labels = _ticks(layer.expert_labels, limit=12 if layer.num_experts <= 100 else 8)
-        axes.set_xticks(ticks, labels, fontsize=7, rotation=90 if max(map(len, labels)) > 3 else 0)
-        axes.set_yticks(ticks, labels, fontsize=7)
+        places, labels = ticks(layer.expert_labels, limit=12 if layer.num_experts <= 100 else 8)
+        axes.set_xticks(places, labels, fontsize=7, rotation=90 if max(map(len, labels)) > 3 else 0)
+        axes.set_yticks(places, labels, fontsize=7)
         axes.set_xlabel("expert", fontsize=8)
         axes.set_ylabel("expert", fontsize=8)
     for axes in panels[len(shown) :]:
@@ -206,7 +215,7 @@ def draw_coactivation(report: "RoutingReport") -> "Figure | None":
     bar.ax.axhline(1.0, color="black", linewidth=1.2)
     note = "" if len(shown) == len(report.layers) else f", {len(shown)} of {len(report.layers)} layers"
     gray = f"gray: the diagonal, and pairs expected less than {MIN_EXPECTED} times"
-    figure.suptitle(f"Co-activation: {_title(report)}{note}\n{gray}", fontsize=10)
+    figure.suptitle(f"Co-activation: {report_title(report)}{note}\n{gray}", fontsize=10)
     return figure
 
 
@@ -237,14 +246,3 @@ def _figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     return figure, figure.subplots()
-
-
-def _ticks(labels: list[str], limit: int) -> tuple[list[int], list[str]]:
-    """Every label, or evenly spaced ones where there are more than `limit`."""
-    shown = list(range(0, len(labels), math.ceil(len(labels) / limit)))
-    return shown, [labels[i] for i in shown]
-
-
-def _title(report: "RoutingReport") -> str:
-    name = report.model_name if len(report.model_name) <= 48 else "…" + report.model_name[-47:]
-    return f"{name}, {report.num_tokens:,} tokens"

@@ -5,15 +5,25 @@ Shapes: L MoE layers, N experts.
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .folder import replace_files
+from .groups import weighted_shift
 
-__all__ = ["REPORT_FILES", "LayerReport", "RoutingReport", "TokenExample", "check_writable"]
 
-REPORT_FILES = ("expert_load.png", "routing_entropy.png", "coactivation.png", "report.json", "report.md")
+__all__ = ["REPORT_FILES", "LayerReport", "RoutingReport", "TokenExample"]
+
+REPORT_FILES = (
+    "expert_load.png",
+    "routing_entropy.png",
+    "coactivation.png",
+    "token_classes.png",
+    "positions.png",
+    "report.json",
+    "report.md",
+)
 
 
 class TokenExample(NamedTuple):
@@ -56,6 +66,8 @@ class LayerReport:
         active_computing_experts (`float`): The same without zero-computation experts.
         coactivation (`list[list[int]]`): `[i][j]`: tokens that both experts processed.
         examples (`list[list[TokenExample]]`): Typical tokens of each expert.
+        class_load (`dict[str, list[float]]`): Class of tokens to the share of its assignments per expert.
+        position_load (`dict[str, list[float]]`): The same for bins of positions in a window.
 
     Example:
         ```python
@@ -77,6 +89,8 @@ class LayerReport:
     active_computing_experts: float
     coactivation: list[list[int]]
     examples: list[list[TokenExample]] = field(default_factory=list)
+    class_load: dict[str, list[float]] = field(default_factory=dict)
+    position_load: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,6 +101,8 @@ class RoutingReport:
         model_name (`str`): What was looked at.
         num_tokens (`int`): Tokens routed, padding excluded.
         layers (`list[LayerReport]`): One per MoE layer.
+        token_classes (`dict[str, int]`): Class to its number of tokens.
+        positions (`dict[str, int]`): Bin of positions to its number of tokens.
 
     Example:
         ```python
@@ -99,6 +115,25 @@ class RoutingReport:
     model_name: str
     num_tokens: int
     layers: list[LayerReport]
+    token_classes: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+
+    def class_shift(self, layer: LayerReport) -> float:
+        """How much the class of a token says about its expert: share of the assignments that would have to move for
+        every class to be routed like the whole text, 0 to 1.
+
+        Args:
+            layer ([`LayerReport`]): A layer of this report.
+        """
+        return weighted_shift(layer.class_load, self.token_classes, layer.load)
+
+    def position_shift(self, layer: LayerReport) -> float:
+        """The same for the position in the window.
+
+        Args:
+            layer ([`LayerReport`]): A layer of this report.
+        """
+        return weighted_shift(layer.position_load, self.positions, layer.load)
 
     def metrics(self) -> dict[str, float]:
         """Means over layers, in the names of [`hf_moe.metrics`]; for a log or a card."""
@@ -113,6 +148,8 @@ class RoutingReport:
             "max_violation": mean(layer.max_violation for layer in self.layers),
             "dead_share": mean(len(layer.dead_experts) / layer.num_experts for layer in self.layers),
             "active_experts": mean(layer.active_experts for layer in self.layers),
+            "class_shift": mean(self.class_shift(layer) for layer in self.layers),
+            "position_shift": mean(self.position_shift(layer) for layer in self.layers),
         }
 
     def table(self) -> list[dict[str, str | int]]:
@@ -129,6 +166,8 @@ class RoutingReport:
                 "Entropy (nats)": f"{layer.entropy:.3f}",
                 "Entropy of the mean": f"{layer.marginal_entropy:.3f}",
                 "Dead experts": len(layer.dead_experts),
+                "Shift by class": f"{self.class_shift(layer):.2f}",
+                "Shift by position": f"{self.position_shift(layer):.2f}",
             }
             rows.append(row)
         return rows
@@ -157,39 +196,8 @@ class RoutingReport:
         from .markdown import render_markdown
         from .plots import save_plots
 
-        directory = Path(directory)
-        check_writable(directory)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
-            drawn = save_plots(self, Path(temporary))
-            page = render_markdown(self, plots=drawn)
-            Path(temporary, "report.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            Path(temporary, "report.md").write_text(page, encoding="utf-8")
-            directory.mkdir(exist_ok=True)
-            for name in REPORT_FILES:
-                if Path(temporary, name).exists():
-                    os.replace(Path(temporary, name), directory / name)
-                else:
-                    (directory / name).unlink(missing_ok=True)  # a plot of an older report does not belong to this one
-        return directory
-
-
-def check_writable(directory: str | os.PathLike) -> None:
-    """Finds out whether a report can be written, without writing.
-
-    Args:
-        directory (`str` or `os.PathLike`): Where the report should go; may not exist yet.
-
-    Raises:
-        OSError: it is a file, lies below a file, or may not be written.
-    """
-    directory = Path(directory)
-    nearest = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(
-            f"`output` {str(directory)!r} cannot be a folder: {str(nearest)!r} is a file. Choose another folder."
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"`output` {str(directory)!r} cannot be written: no permission in {str(nearest)!r}. Choose another folder."
-        )
+        with replace_files(directory, REPORT_FILES) as temporary:
+            page = render_markdown(self, plots=save_plots(self, temporary))
+            (temporary / "report.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            (temporary / "report.md").write_text(page, encoding="utf-8")
+        return Path(directory)

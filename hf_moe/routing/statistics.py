@@ -110,6 +110,27 @@ class RouterStats:
             sums.entropy[row] += torch.special.entr(p).sum()
         sums.num_tokens.add_(count_tokens(layers[0].index.shape[0], token_mask, sums.counts.device))
 
+    def add(self, other: "RouterStats") -> None:
+        """Adds what another one has seen, e.g. another process.
+
+        Args:
+            other ([`RouterStats`]): Of the same model.
+
+        Raises:
+            ValueError: it has other layers, or has seen nothing.
+        """
+        theirs = other._seen()
+        if self._sums is None:
+            self.num_experts = other.num_experts
+            self._sums = _Sums.zeros(self.num_experts, theirs.counts.device)
+        if other.num_experts != self.num_experts:
+            raise ValueError(
+                f"`other` has the numbers of experts {list(other.num_experts)}, one per MoE layer, but needs "
+                f"{list(self.num_experts)}. Use one `RouterStats` per model."
+            )
+        for mine, value in zip(self._sums, theirs, strict=True):
+            mine.add_(value.to(mine))
+
     def reduce(self, group: "dist.ProcessGroup | None" = None) -> "RouterStats":
         """The sum over processes, as a new object: two small collectives. Every process must have seen a batch.
 

@@ -96,3 +96,22 @@ def test_layers_of_another_model_are_refused(generator):
     stats.update([random_routing(generator)])
     with pytest.raises(ValueError, match=r"`layers` has the numbers of experts \[4, 4\].*needs \[4\]"):
         stats.update([random_routing(generator), random_routing(generator)])
+
+
+def test_what_two_have_seen_adds_up_to_what_one_sees(generator):
+    batches = [[random_routing(generator), random_routing(generator)] for _ in range(3)]
+    whole, first, second = RouterStats(), RouterStats(), RouterStats()
+    for stats, seen in ((whole, batches), (first, batches[:1]), (second, batches[1:])):
+        for batch in seen:
+            stats.update(batch)
+    total = RouterStats()
+    total.add(first)
+    total.add(second)
+    expected, found = whole.compute(), total.compute()
+    assert found.num_tokens == expected.num_tokens and torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.entropy, expected.entropy)
+    assert first.compute().num_tokens == 16  # not changed
+    with pytest.raises(ValueError, match=r"`other` has the numbers of experts \[4\].*needs \[4, 4\]"):
+        single = RouterStats()
+        single.update([random_routing(generator)])
+        total.add(single)
