@@ -35,6 +35,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LoadBalancer": ".routing",
         "LocalExpertConfig": ".adapters",
         "MoeBlock": ".layers",
+        "MosaConfig": ".adapters",
+        "PillConfig": ".adapters",
         "RouterOutput": ".routing",
         "RouterScheduleCallback": ".routing",
         "RouterStats": ".routing",

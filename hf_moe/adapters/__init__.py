@@ -10,6 +10,8 @@ ADAPTER_FOLDERS: tuple[str, ...] = (
     "expert_slice",
     "local_expert",
     "mixda",
+    "mosa",
+    "pill",
 )
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -21,6 +23,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LocalExpertModel": ".local_expert",
         "MixdaConfig": ".mixda",
         "MixdaModel": ".mixda",
+        "MosaConfig": ".mosa",
+        "MosaModel": ".mosa",
+        "PillConfig": ".pill",
+        "PillModel": ".pill",
     },
 )
 
