@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
         **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
+        "AgdConfig": ".adapters",
         "BaseRouter": ".routing",
         "ExpertScores": ".attribution",
         "ExpertSliceConfig": ".adapters",
@@ -35,6 +36,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "LoadBalancer": ".routing",
         "LocalExpertConfig": ".adapters",
         "MoeBlock": ".layers",
+        "MixdaConfig": ".adapters",
         "MosaConfig": ".adapters",
         "PillConfig": ".adapters",
         "RouterOutput": ".routing",
@@ -56,6 +58,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "reporting": ".reporting",
         "routing_override": ".routing_override",
         "routing_report": ".reporting",
+        "supported_families": ".view_listing",
         "trainers": ".trainers",
         "upcycle": ".upcycling",
         "upcycle_checkpoint": ".upcycling",
