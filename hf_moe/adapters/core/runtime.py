@@ -44,7 +44,8 @@ class Runtime:
         self._derived: dict[str, Any] = {}
         self._rows: torch.Tensor | None = None
         self._batch = 0
-        self._awaits_backward = False
+        self._has_grad = False
+        self._will_recompute = False
         self._recomputed = False
         self._overwritten = False
 
@@ -75,18 +76,22 @@ class Runtime:
 
     def _watch(self, values: dict[str, Any]) -> None:
         if self._recomputed:  # the backward pass of the last call has been here
-            self._awaits_backward = self._overwritten = self._recomputed = False
-        if self._awaits_backward and not _same(values, self.values):
+            self._will_recompute = self._overwritten = self._recomputed = False
+        if self._will_recompute and not _same(values, self.values):
             self._overwritten = True
-        self._awaits_backward = self._awaits_backward or torch.is_grad_enabled()
+        self._has_grad = torch.is_grad_enabled()
 
     def check_recomputation(self) -> None:
-        """Refuses to recompute a forward call whose conditions a later call has replaced.
+        """Called by each layer that runs: refuses to recompute a call whose conditions a later call has replaced.
 
         Raises:
             RuntimeError: Gradient checkpointing repeats a call after another one with other conditions.
         """
-        if not torch.compiler.is_compiling() and in_backward():
+        if torch.compiler.is_compiling():
+            return
+        if not in_backward():
+            self._will_recompute = self._will_recompute or self._is_checkpointed()
+        else:
             self._recomputed = True
             if self._overwritten:
                 raise RuntimeError(
@@ -94,6 +99,11 @@ class Runtime:
                     "inputs or conditions, so the repetition would be wrong. Run `backward()` after each forward "
                     "call, or turn gradient checkpointing off."
                 )
+
+    def _is_checkpointed(self) -> bool:
+        # Reentrant checkpointing turns gradients off inside, the other kind has hooks for the tensors to be saved.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return self._has_grad and (hooks is not None or not torch.is_grad_enabled())
 
     def get(self, name: str, default: Any = None) -> Any:
         """A condition of this call.

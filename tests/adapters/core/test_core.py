@@ -174,3 +174,19 @@ def test_registration_happens_once():
         register_adapter(Foreign, ToyLinearTuner)
     with pytest.raises(ValueError, match="HFMOE_"):
         ensure_peft_type("SOMETHING")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_calls_that_are_not_repeated_do_not_count(reentrant):
+    model = get_peft_model(tiny_llama(), ToyBlockConfig(init_weights=False)).train()
+    model(input_ids=IDS, labels=IDS, strength=1.0).loss.backward()
+    model(input_ids=IDS, labels=IDS, strength=2.0)  # without a backward pass
+    model.enable_input_require_grads()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for strength in (3.0, 4.0):
+        model(input_ids=IDS, labels=IDS, strength=strength).loss.backward()
+    loss = model(input_ids=IDS, labels=IDS, strength=5.0).loss
+    with torch.no_grad():
+        model.eval()(input_ids=IDS, labels=IDS, strength=6.0)
+    with pytest.raises(RuntimeError, match="Gradient checkpointing"):
+        loss.backward()
