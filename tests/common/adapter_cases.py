@@ -7,16 +7,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_moe import LocalExpertConfig
-from hf_moe.adapters import MixdaConfig
+from hf_moe.adapters import AgdConfig, MixdaConfig, MosaConfig, PillConfig
+from hf_moe.adapters.agd import agd_guidance
 
+from .tiny_denoisers import PlainDenoiser, latents
 from .tiny_families import tiny_model
 from .toy_adapters import ToyBlockConfig, ToyGateConfig, ToyLinearConfig
 
 
-__all__ = ["CASES", "AdapterCase", "tiny_llama", "token_inputs"]
+__all__ = ["CASES", "AdapterCase", "pixel_inputs", "tiny_llama", "tiny_vit", "token_inputs"]
 
 
 def tiny_llama(**settings: Any) -> LlamaForCausalLM:
@@ -63,6 +72,44 @@ def labelled_inputs() -> dict[str, torch.Tensor]:
     """Two rows of tokens, the second padded, with a class each."""
     ids = torch.tensor([[5, 6, 7, 8, 5, 6], [9, 3, 2, 1, 0, 0]])
     return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.tensor([0, 2])}
+
+
+def tiny_vit(**settings: Any) -> ViTForImageClassification:
+    """A vision transformer of two layers for grey pictures of 16 x 16, with a head for three classes."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    picture = {"image_size": 16, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**{**sizes, **picture, **settings})).eval()
+
+
+def pixel_inputs() -> dict[str, torch.Tensor]:
+    """Two pictures with a class each."""
+    pixels = torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 2])}
+
+
+def stacked_mosa(**fields: Any) -> Any:
+    """MoSA in LoRA form on the stacked experts of a model."""
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    chosen = {} if fields.get("target_modules") else {"target_modules": [], "target_parameters": targets}
+    return MosaConfig(**{"style": "lora", "r": 2, **chosen, **fields})
+
+
+def denoiser_inputs() -> dict[str, torch.Tensor]:
+    """Two noisy samples at different timesteps and of different classes."""
+    return {"x": latents(2, (4, 6)), "t": torch.tensor([3, 700]), "c": torch.tensor([0, 4])}
+
+
+def plain_agd(**fields: Any) -> Any:
+    """AGD on a denoiser that is no model of a library."""
+    settings = {"target_modules": ["attn"], "architecture": "cross_attention", "hidden_size": 8, "num_heads": 2}
+    settings |= {"condition_on": ("scale", "timestep", "class"), "condition_modules": {"class": "label"}}
+    return AgdConfig(**(settings | fields))
+
+
+def guided(model: Any) -> AbstractContextManager:
+    """Sets the guidance scale of AGD adapters."""
+    return agd_guidance(model, 3.0)
 
 
 @dataclass(frozen=True)
@@ -116,10 +163,25 @@ class AdapterCase:
         return (result if isinstance(result, torch.Tensor) else result[0]).square().mean()
 
 
+def token_inputs_with_image() -> dict[str, torch.Tensor]:
+    """Two rows in which 60 stands for image tokens."""
+    ids = torch.tensor([[5, 60, 60, 8, 5, 6], [9, 3, 60, 1, 9, 3]])
+    return {"input_ids": ids, "labels": ids.masked_fill(ids == 60, -100)}
+
+
 CASES = [
     AdapterCase("toy_linear", ToyLinearConfig, mergeable=True),
     AdapterCase("toy_gate", ToyGateConfig, stages=("gate",)),
     AdapterCase("toy_block", ToyBlockConfig),
+    AdapterCase("agd", partial(AgdConfig, hidden_size=8), within=guided),
+    AdapterCase(
+        "agd_denoiser",
+        plain_agd,
+        model=PlainDenoiser,
+        inputs=denoiser_inputs,
+        generates=False,
+        within=guided,
+    ),
     AdapterCase(
         "local_expert",
         partial(LocalExpertConfig, mix="soft", gate_feature_module="bert.encoder.layer.0"),
@@ -157,5 +219,30 @@ CASES = [
         inputs=labelled_inputs,
         generates=False,
         stages=("task",),
+    ),
+    AdapterCase("pill", partial(PillConfig, r=4, modality_token_ids={"image": 60}), stages=("align",)),
+    # image tokens are not the base's: closed gates take their values away
+    AdapterCase(
+        "pill_image",
+        partial(PillConfig, r=4, modality_token_ids={"image": 60}),
+        inputs=token_inputs_with_image,
+        starts_as_base=False,
+        stages=("align",),
+    ),
+    AdapterCase("mosa", partial(MosaConfig, r=4, dropout=0.0)),
+    AdapterCase(
+        "mosa_residual",
+        partial(MosaConfig, r=4, share="none"),
+        model=tiny_bert,
+        inputs=labelled_inputs,
+        generates=False,
+    ),
+    AdapterCase("mosa_lora", partial(MosaConfig, style="lora", r=4), mergeable=True),
+    AdapterCase(
+        "mosa_stacked",
+        stacked_mosa,
+        model=lambda: tiny_model("mixtral"),
+        mergeable=True,
+        mixed=False,
     ),
 ]
