@@ -93,11 +93,15 @@ class FamilyRule:
         )
 
     # -- sizes -----------------------------------------------------------------------------------------------------
-    def num_experts(self, router: Any, block: Any) -> int:
-        """N, as the router counts."""
+    def num_experts(self, router: Any) -> int:
+        """N, as the router counts: experts that compute nothing are among them."""
         return router.num_experts
 
-    def num_experts_per_tok(self, router: Any, block: Any) -> int:
+    def idle_experts(self, router: Any) -> tuple[str, ...]:
+        """Names of the last of these experts, those without a feed-forward."""
+        return ()
+
+    def num_experts_per_tok(self, router: Any) -> int:
         """K."""
         return attrgetter(self.top_k)(router)
 
@@ -111,7 +115,7 @@ class FamilyRule:
         if not self.score.startswith("router."):
             return self.score
         value = getattr(router, self.score.removeprefix("router."))
-        return value if isinstance(value, str) else type(value).__name__
+        return value if isinstance(value, str) else type(value).__name__.removesuffix("Activation").lower()
 
     def normalisation(self, router: Any) -> str:
         """`"none"`, `"sum"` or `"softmax"`: what makes weights of the scores of the chosen."""
@@ -160,18 +164,37 @@ class FamilyRule:
         return choice
 
     def weigh(
-        self, router: Any, scores: torch.Tensor, router_logits: torch.Tensor, top_k_index: torch.Tensor
+        self,
+        router: Any,
+        scores: torch.Tensor,
+        router_logits: torch.Tensor,
+        top_k_index: torch.Tensor,
+        args: tuple = (),
+        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mixing weights of the experts in `top_k_index`, both `(T, K')`."""
+        """Mixing weights of the experts in `top_k_index`, both `(T, K')`.
+
+        Args:
+            router (`nn.Module`): The router.
+            scores (`torch.Tensor` of shape `(T, N)`): See `scores`.
+            router_logits (`torch.Tensor` of shape `(T, N)`): See [`Routing`].
+            top_k_index (`torch.Tensor` of shape `(T, K')`): The experts, no empty slots.
+            args (`tuple`): What the router was called with.
+            tokens (`torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens among those of that call.
+        """
         normalisation = self.normalisation(router)
         if normalisation == "softmax":
-            weights = router_logits.gather(-1, top_k_index).softmax(dim=-1)
+            weights = self.softmax_of_chosen(router_logits.gather(-1, top_k_index))
         else:
             weights = scores.gather(-1, top_k_index)
         if normalisation == "sum":
             total = weights.sum(dim=-1, keepdim=True) + self.epsilon
             weights = weights / (total if self.floor is None else total.clamp(min=getattr(router, self.floor)))
         return weights if self.scale is None else weights * getattr(router, self.scale)
+
+    def softmax_of_chosen(self, logits: torch.Tensor) -> torch.Tensor:
+        """Weights of the experts with these logits, both `(T, K')`."""
+        return logits.softmax(dim=-1)
 
     # -- parts -------------------------------------------------------------------------------------------------------
     def _bias(self, args: tuple, kwargs: dict) -> torch.Tensor | None:

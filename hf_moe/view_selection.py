@@ -71,10 +71,11 @@ class Selector:
         self, view: MoeLayerView, routing: Routing, scores: torch.Tensor, args: tuple, tokens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, probabilities = routing.router_logits, view.probabilities(routing.router_logits)
+        threshold = self.threshold or 0.0
         # Probabilities sum to 1, so no more than 1 / threshold of them reach it; rounding may add one.
-        slots = min(int(1 / (self.threshold or 1)) + 1, scores.shape[-1])
+        slots = min(int(1 / threshold) + 1, scores.shape[-1], view.max_slots or scores.shape[-1])
         values, index = probabilities.topk(slots, dim=-1)
-        active = values >= self.threshold  # (T, K'), a prefix
+        active = values >= threshold  # (T, K'), a prefix
         active[:, 0] = True
         if not torch.compiler.is_compiling() and active.shape[0]:  # asks for a number: not for a compiled graph
             slots = int(active.sum(dim=-1).max())
@@ -178,11 +179,10 @@ def _check_range(name: str, values: Sequence[int], low: int, high: int, view: Mo
 
 def _check_slots(name: str, slots: int, views: list[MoeLayerView]) -> None:
     for view in views:
-        limit = None if view.rule is None else view.rule.max_slots(view.router)
-        if limit is not None and slots > limit:
+        if view.max_slots is not None and slots > view.max_slots:
             raise ValueError(
                 f"`{name}` asks for {slots} experts per token, but {type(view.router).__name__} can hand on no more "
-                f"than {limit}."
+                f"than {view.max_slots}."
             )
 
 

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from .routing.base import BaseRouter
-from .view_families import FAMILY_RULES
+from .view_families import BLOCKS_OF_ROUTERS, FAMILY_RULES, REFUSED_FAMILIES
 from .view_rules import FamilyRule, Routing
 
 
@@ -67,22 +67,41 @@ class MoeLayerView:
     @property
     def score_function(self) -> str:
         """What makes scores of logits: `"softmax"`, `"sigmoid"`, or the name of the router's own function."""
-        return type(self.router).__name__ if self.rule is None else self.rule.score_function(self.router)
+        if self.rule is not None:
+            return self.rule.score_function(self.router)
+        return getattr(type(self.router), "router_type", "") or type(self.router).__name__
+
+    @property
+    def normalisation(self) -> str:
+        """What makes weights of the chosen scores: `"none"`, `"sum"`, `"softmax"` (of the chosen logits), or words."""
+        if self.rule is not None:
+            return self.rule.normalisation(self.router)
+        return "sum" if self.router.norm_topk_prob else "none"
+
+    @property
+    def top_k_source(self) -> str:
+        """Where the number of experts per token is read from at every call: an attribute of the router."""
+        return "top_k" if self.rule is None else self.rule.top_k
 
     @property
     def num_computing_experts(self) -> int:
-        """Experts with a feed-forward. The zero-computation experts of MoE++ come after them."""
-        zero_experts = getattr(self.block, "zero_experts", None)
-        return self.num_experts - (0 if zero_experts is None else zero_experts.num_experts)
+        """Experts with a feed-forward. Those without, such as MoE++'s zero-computation experts, come after them."""
+        return self.num_experts - len(self._idle_experts)
 
     @property
     def expert_labels(self) -> list[str]:
-        """A short name per expert: its number, or what a zero-computation expert does."""
-        labels = [str(i) for i in range(self.num_computing_experts)]
+        """A short name per expert: its number, or what an expert without a feed-forward does."""
+        return [*(str(i) for i in range(self.num_computing_experts)), *self._idle_experts]
+
+    @property
+    def _idle_experts(self) -> tuple[str, ...]:
+        if self.rule is not None:
+            return self.rule.idle_experts(self.router)
         zero_experts = getattr(self.block, "zero_experts", None)
-        for kind in ("constant", "copy", "zero") if zero_experts is not None else ():
-            labels += [f"{kind} {i}" for i in range(getattr(zero_experts, f"num_{kind}"))]
-        return labels
+        if zero_experts is None:
+            return ()
+        kinds = ("constant", "copy", "zero")
+        return tuple(f"{kind} {i}" for kind in kinds for i in range(getattr(zero_experts, f"num_{kind}")))
 
     def read(self, output: Any) -> Routing:
         """The decision in a value returned by `router`, flattened to one row per token.
@@ -112,6 +131,11 @@ class MoeLayerView:
         if self.rule is not None:
             return self.rule.write(self.router, output, top_k_weights, top_k_index)
         return output._replace(top_k_weights=top_k_weights, top_k_index=top_k_index)
+
+    @property
+    def max_slots(self) -> int | None:
+        """The most experts per token that the block can take; `None` where there is no limit."""
+        return None if self.rule is None else self.rule.max_slots(self.router)
 
     @property
     def ordered(self) -> bool:
@@ -162,7 +186,7 @@ class MoeLayerView:
         """
         if self.rule is None:
             return self.router.weigh(scores, top_k_index)
-        return self.rule.weigh(self.router, scores, router_logits, top_k_index)
+        return self.rule.weigh(self.router, scores, router_logits, top_k_index, args, tokens)
 
     def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
         """Distribution over the experts before any selection bias, float32, rows summing to 1.
@@ -237,7 +261,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayerView]:
         if rule is None:
             sizes = router.num_experts, router.top_k
         else:
-            sizes = rule.num_experts(router, block), rule.num_experts_per_tok(router, block)
+            sizes = rule.num_experts(router), rule.num_experts_per_tok(router)
         views.append(MoeLayerView(name, len(views), block, router, experts, *sizes, rule))
     if not views:
         raise ValueError(
@@ -261,7 +285,12 @@ def _routers(
     if isinstance(candidate, BaseRouter):
         yield path, module, None
     elif any(_records(recorder, candidate, path) for recorder in recorders):
-        yield path, module, _rule(candidate)
+        if type(candidate).__name__ in BLOCKS_OF_ROUTERS:
+            for name, child in module.named_modules():
+                if type(child).__name__ in FAMILY_RULES:
+                    yield f"{path}.{name}", child, _rule(child)
+        else:
+            yield path, module, _rule(candidate)
     else:
         for name, child in module.named_children():
             yield from _routers(child, f"{path}.{name}" if path else name, recorders)
@@ -277,6 +306,10 @@ def _rule(router: nn.Module) -> FamilyRule:
     for cls in type(router).__mro__:
         if cls.__name__ in FAMILY_RULES:
             return FAMILY_RULES[cls.__name__]
+        if cls.__name__ in REFUSED_FAMILIES:
+            raise ValueError(
+                f"Views do not support {cls.__name__} ({cls.__module__}): {REFUSED_FAMILIES[cls.__name__]}"
+            )
     raise ValueError(
         f"No rule says how to read {type(router).__name__} ({type(router).__module__}). Add one to "
         f"`hf_moe.views.FAMILY_RULES`: `FAMILY_RULES[{type(router).__name__!r}] = FamilyRule(score=..., "

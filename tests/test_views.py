@@ -1,11 +1,14 @@
-"""Views: every family listed is read correctly, every other one is refused, and hooks never stay behind."""
+"""Views: what they say of a model, what is refused, wrappers, and recording. Families: test_view_families.py."""
 
 import pytest
 import torch
-from common.tiny_families import FAMILIES, OWN_FAMILIES, tiny_model
+from common.experts_inputs import received_by_experts
+from common.tiny_families import tiny_model
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import OutputRecorder
 
-from hf_moe.views import FAMILY_RULES, moe_layers, record_routing, unwrap_model
+from hf_moe.views import moe_layers, record_routing, unwrap_model
 
 
 # PEFT 0.21 asks transformers for an attribute it has renamed.
@@ -18,56 +21,6 @@ def random_ids(generator, shape=(2, 9)):
 
 def hook_count(model):
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-def received_by_experts(model, input_ids):
-    """What each stacked-experts module was called with, `[(top_k_index, top_k_weights), ...]` by layer."""
-    calls, handles = {}, []
-    for view in moe_layers(model):
-
-        def hook(_module, args, index=view.index):
-            calls[index] = args[1:3]
-
-        handles.append(view.experts.register_forward_pre_hook(hook))
-    try:
-        with torch.no_grad(), record_routing(model) as recorder:
-            model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorder, [calls[index] for index in sorted(calls)]
-
-
-@pytest.mark.parametrize("family", (*FAMILIES, *OWN_FAMILIES))
-def test_what_is_read_is_what_the_experts_receive(family, generator):
-    recorder, received = received_by_experts(tiny_model(family), random_ids(generator))
-    assert len(received) == len(recorder.layers) > 0
-    for layer, (top_k_index, top_k_weights) in zip(recorder.layers, received, strict=True):
-        assert torch.equal(layer.top_k_index[0], top_k_index)
-        torch.testing.assert_close(layer.top_k_weights[0], top_k_weights, check_dtype=False, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *OWN_FAMILIES) if f != "phimoe"])
-def test_weights_are_proportional_to_the_probabilities_of_the_chosen(family, generator):
-    # This is what tells softmax from sigmoid: both order the experts alike.
-    model = tiny_model(family)
-    with torch.no_grad():
-        for view in moe_layers(model):
-            for parameter in view.router.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-        with record_routing(model) as recorder:
-            model(input_ids=random_ids(generator), use_cache=False)
-    for layer in recorder.layers:
-        probabilities = layer.view.probabilities(layer.router_logits[0])
-        torch.testing.assert_close(probabilities.sum(-1), torch.ones(18))
-        chosen = probabilities.gather(-1, layer.top_k_index[0])
-        weights = layer.top_k_weights[0].float()
-        torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), chosen / chosen.sum(-1, keepdim=True))
-
-
-def test_every_rule_is_proved_by_a_model():
-    routers = {type(view.router).__name__ for family in FAMILIES for view in moe_layers(tiny_model(family))}
-    assert routers == set(FAMILY_RULES)
 
 
 def test_recorded_logits_are_those_the_model_returns(generator):
@@ -108,10 +61,36 @@ def test_moe_family_whose_layers_are_all_dense_is_refused():
         moe_layers(tiny_model("qwen3_moe", mlp_only_layers=[0, 1, 2, 3]))
 
 
-@pytest.mark.parametrize("family,router", [("llama4_text", "Llama4Router"), ("jetmoe", "JetMoe")])
-def test_unknown_family_is_refused_by_the_name_of_its_router(family, router):
-    with pytest.raises(ValueError, match=rf"{router}.*FAMILY_RULES"):
+@pytest.mark.parametrize("family,router", [("dbrx", "DbrxRouter"), ("doge", "DogeCDMoE"), ("jetmoe", "JetMoe")])
+def test_refused_family_is_named_by_its_router_with_the_reason(family, router):
+    with pytest.raises(ValueError, match=rf"do not support {router}.*: it"):
         moe_layers(tiny_model(family))
+
+
+def test_unknown_family_is_refused_by_the_name_of_its_router():
+    class NewTopKRouter(nn.Module):
+        pass
+
+    class NewModel(PreTrainedModel):
+        config_class = PreTrainedConfig
+        _can_record_outputs = {"router_logits": OutputRecorder(NewTopKRouter, index=0)}
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.gate = NewTopKRouter()
+
+    with pytest.raises(ValueError, match=r"NewTopKRouter.*FAMILY_RULES"):
+        moe_layers(NewModel(PreTrainedConfig()))
+
+
+def test_fields_say_how_weights_are_made():
+    views = {name: moe_layers(tiny_model(name))[0] for name in ("mixtral", "deepseek_v3", "gemma4_text", "moe_llama")}
+    assert {name: (view.score_function, view.normalisation, view.top_k_source) for name, view in views.items()} == {
+        "mixtral": ("softmax", "sum", "top_k"),
+        "deepseek_v3": ("sigmoid", "sum", "top_k"),
+        "gemma4_text": ("none", "sum", "config.top_k_experts"),
+        "moe_llama": ("softmax_topk", "sum", "top_k"),
+    }
 
 
 def test_sigmoid_router_of_ours_brings_its_own_probabilities(generator):
