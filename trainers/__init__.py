@@ -21,6 +21,9 @@ from hf_moe.lazy import lazy_exports
 _EXPORTS: dict[str, str] = {
     "ExpertUnlearningConfig": ".unlearning_config",
     "ExpertUnlearningTrainer": ".unlearning_trainer",
+    "GenericStatistics": ".local_expert_statistics",
+    "LocalExpertTrainer": ".local_expert_trainer",
+    "LocalExpertTrainingArguments": ".local_expert_config",
     "MoeDPOConfig": ".dpo_config",
     "MoeDPOTrainer": ".dpo_trainer",
     "MoeSFTConfig": ".sft_config",
