@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList
-from transformers.generation import GenerationMixin, StopStringCriteria
+from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.utils import GenerationMixin
 
 from .self_contrast import SelfContrast
 
@@ -86,4 +87,5 @@ def scmoe_generate(
 
 def _generate(model: Any) -> Any:
     # `from_pretrained` of a repository with a custom_generate folder puts that function in `model.generate`
-    return type(model).generate.__get__(model) if isinstance(model, GenerationMixin) else model.generate
+    cls: Any = type(model)
+    return cls.generate.__get__(model) if isinstance(model, GenerationMixin) else model.generate

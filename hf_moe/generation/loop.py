@@ -1,7 +1,7 @@
 """The decoding loop that both modes share. Shapes: B batch, S sequence, V vocabulary."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -96,7 +96,7 @@ def decode(
     if not keep:
         return input_ids
     return SelfContrastOutput(
-        sequences=input_ids,
+        sequences=cast(torch.LongTensor, input_ids),
         weak_cache_bytes=streams.weak_cache_bytes(),
         past_key_values=streams.strong_cache(),
         **{name: tuple(values) for name, values in kept.items()},

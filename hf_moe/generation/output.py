@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
 __all__ = ["SelfContrastOutput", "cache_bytes"]

@@ -4,7 +4,8 @@ import inspect
 from typing import Any
 
 import torch
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.utils import GenerationMixin
 
 from .streams import find_cache
 
@@ -78,7 +79,8 @@ def arguments_kept_back() -> dict[str, Any]:
     Returns:
         `dict`: `streamer`, `assistant_model` and `synced_gpus`; empty if `generate` is not the caller.
     """
-    code = inspect.unwrap(GenerationMixin.generate).__code__
+    mixin: Any = GenerationMixin
+    code = inspect.unwrap(mixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

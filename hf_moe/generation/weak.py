@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ class WeakRouting:
             "top": {"top_m": self.number},
             "random": {"random": self.number, "generator": generator},
         }[self.kind]
-        return routing_override(model, **selection, weights=self.weights, rows=rows)
+        return routing_override(model, **selection, weights=cast(Any, self.weights), rows=rows)
 
 
 def parse_weak(weak: str, weights: str = "native") -> WeakRouting:
