@@ -64,7 +64,7 @@ def route(
     Raises:
         ValueError: no MoE layer, an unknown family, or a router that is not called once per token.
     """
-    inner = unwrap_model(model)
+    inner: Any = unwrap_model(model)
     trunk = inner.base_model  # without the head, whose logits nobody looks at
     device = inner.get_input_embeddings().weight.device
     training = inner.training
