@@ -19,6 +19,8 @@ from hf_moe.lazy import lazy_exports
 
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
+    "GuidanceDistillationConfig": ".guidance_distillation_config",
+    "GuidanceDistillationTrainer": ".guidance_distillation_trainer",
     "ExpertUnlearningConfig": ".unlearning_config",
     "ExpertUnlearningTrainer": ".unlearning_trainer",
     "GenericStatistics": ".local_expert_statistics",
@@ -31,6 +33,9 @@ _EXPORTS: dict[str, str] = {
     "MoeTrainer": ".moe_trainer",
     "MoeTrainerMixin": ".moe_mixin",
     "MoeTrainingArguments": ".moe_config",
+    "MosaMergeCallback": ".mosa_callback",
+    "MosaTrainer": ".mosa_trainer",
+    "MosaTrainerMixin": ".mosa_mixin",
     "RouterLossCollector": ".router_losses",
     "UnlearningStep": ".unlearning_losses",
     "optimizer_groups": ".parameter_groups",

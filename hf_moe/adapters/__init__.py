@@ -7,6 +7,7 @@ from hf_moe.lazy import lazy_exports
 
 # A new type: its folder, whose `__init__` ends with `register_adapter(...)`, and its line here.
 ADAPTER_FOLDERS: tuple[str, ...] = (
+    "agd",
     "expert_slice",
     "local_expert",
     "mixda",
@@ -17,6 +18,8 @@ ADAPTER_FOLDERS: tuple[str, ...] = (
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "AgdConfig": ".agd",
+        "AgdModel": ".agd",
         "ExpertSliceConfig": ".expert_slice",
         "ExpertSliceModel": ".expert_slice",
         "LocalExpertConfig": ".local_expert",
