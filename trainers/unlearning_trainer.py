@@ -129,7 +129,8 @@ class ExpertUnlearningTrainer(Trainer):
                 "`load_best_model_at_end` looks for the best balance of forgetting and utility, which needs "
                 "`retain_dataset` or `eval_retain_dataset`."
             )
-        self.scores, self.targets = scores, None
+        self.scores = scores
+        self.targets: dict[str, list[int]] = {}
         self.anchor: RouterAnchor | None = None
         self.steering: Steering | None = None
         self._reference_model: nn.Module | None = None
@@ -172,35 +173,42 @@ class ExpertUnlearningTrainer(Trainer):
             model.to(args.device)
         first = {name: tensor.to(args.device) for name, tensor in first.items()}
         existing = slice_adapter(model)
-        if args.trainable == "expert" and existing is None:
-            from peft import PeftModel, get_peft_model
-
-            from hf_moe.adapters.expert_slice import ExpertSliceConfig
-
-            if isinstance(model, PeftModel):
-                raise ValueError(
-                    "`model` has an adapter of another type active. Merge it first, or pass a model with an "
-                    "expert-slice adapter."
-                )
-            self.targets, self.scores = choose_targets(model, args, forget, self.scores, pad_token_id)
-            on = anchor_kind(model, self.targets, args, first) if args.anchor_coefficient else "weights"
-            config = ExpertSliceConfig(layers=self.targets, train_router=args.train_router, task_type="CAUSAL_LM")
-            model = get_peft_model(model, config)
-        elif args.trainable == "expert":
-            self.targets = dict(existing.layers)
-            on = anchor_kind(model, self.targets, args, first) if args.anchor_coefficient else "weights"
+        if args.trainable == "expert":
+            self._choose(model, args, forget, existing, pad_token_id)
+        elif existing is not None:
+            raise ValueError(f"`trainable={args.trainable!r}` needs a model without adapters.")
         else:
-            moe_layers(model)
-            if existing is not None:
-                raise ValueError(f"`trainable={args.trainable!r}` needs a model without adapters.")
-            freeze_routers(model) if args.trainable == "all_but_routers" else model.requires_grad_(True)
-            if args.forget_loss in ("npo", "rmu"):
-                self._reference_model = copy.deepcopy(model).eval().requires_grad_(False)
+            moe_layers(model)  # says what is wrong with a model that has none
+        # All that can fail comes before anything is put into the model.
         if args.anchor_coefficient:
-            self.anchor = RouterAnchor(model, self.targets or {}, on)
+            self.anchor = RouterAnchor(model, self.targets, anchor_kind(model, self.targets, args, first))
         if args.forget_loss == "rmu":
             self.steering = self._make_steering(model, args, first)
+        if args.trainable == "expert":
+            return model if existing is not None else self._with_slices(model, args)
+        freeze_routers(model) if args.trainable == "all_but_routers" else model.requires_grad_(True)
+        if args.forget_loss in ("npo", "rmu"):
+            self._reference_model = copy.deepcopy(model).eval().requires_grad_(False)
         return model
+
+    def _choose(self, model: Any, args: Any, forget: TokenRows, existing: Any, pad_token_id: int) -> None:
+        if existing is not None:
+            self.targets = dict(existing.layers)
+        elif hasattr(model, "peft_config"):
+            raise ValueError(
+                "`model` has an adapter of another type active. Merge it first, or pass a model with an expert-slice "
+                "adapter."
+            )
+        else:
+            self.targets, self.scores = choose_targets(model, args, forget, self.scores, pad_token_id)
+
+    def _with_slices(self, model: Any, args: ExpertUnlearningConfig) -> Any:
+        from peft import get_peft_model
+
+        from hf_moe.adapters.expert_slice import ExpertSliceConfig
+
+        config = ExpertSliceConfig(layers=self.targets, train_router=args.train_router, task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
 
     def _make_steering(self, model: Any, args: ExpertUnlearningConfig, batch: dict[str, torch.Tensor]) -> Steering:
         layers = decoder_layers(model)
@@ -209,7 +217,7 @@ class ExpertUnlearningTrainer(Trainer):
                 raise ValueError(f"`rmu_layer` must be from 0 to {len(layers) - 1}, got {args.rmu_layer}.")
             layer = layers[args.rmu_layer]
         else:
-            names = list(self.targets or [moe_layers(model)[-1].name])
+            names = list(self.targets) or [moe_layers(model)[-1].name]
             layer = [path for path in layers if any(name.startswith(f"{path}.") for name in names)][-1]
         steering = Steering(model, layer, args.seed)
         length = args.rmu_steering
