@@ -66,9 +66,10 @@ def routing_override(
         ValueError: `model` has no MoE layer, not exactly one selection is given, or one does not fit the layers.
             Nothing is changed on the model then.
 
-    Note: A model that `torch.compile` has seen runs uncompiled inside the block: its code ignores hooks that came
-    later. Compiling inside the block works, with the override in the compiled code: use that code there only, and
-    call `torch.compiler.reset()` before the model is compiled without the override.
+    Note: A model that was compiled before runs uncompiled inside the block, because its code ignores hooks that came
+    later. For that, `model` must be what `torch.compile` returned: from the model inside it nobody can tell. Compiling
+    inside the block works as well, `fullgraph=True` included; after the block that code is traced again without the
+    override. A `generator` breaks the graph.
 
     Note: Capacity limits of our own routers are not applied to overridden tokens; their padding tokens stay empty.
     Phi's router adds noise to its choice in training mode, and routers of ours with `noise` do; ranks then count
