@@ -95,13 +95,7 @@ class MixdaConfig(MoeAdapterConfig):
     def validate(self) -> None:
         """Checks the fields of this type."""
         self.domains = check_domains(self.domains)
-        if isinstance(self.domain_layers, int):
-            self.domain_layers = [self.domain_layers]
-        layers: Any = self.domain_layers
-        if layers is not None and layers != "all":
-            numbers = not isinstance(layers, str) and len(layers) and all(isinstance(i, int) for i in layers)
-            self.require("domain_layers", bool(numbers) and min(layers) >= 0, 'layer numbers from 0 on, or "all"')
-            self.domain_layers = sorted(set(layers))
+        self.domain_layers = check_layers(self.domain_layers)
         self.require("reduction", self.reduction >= 1, "at least 1")
         self.require("task_reduction", self.task_reduction is None or self.task_reduction >= 1, "at least 1 or None")
         for name in ("activation", "task_activation"):
@@ -141,9 +135,7 @@ class MixdaConfig(MoeAdapterConfig):
         Args:
             key (`str`): Its path.
         """
-        if self.domain_layers is None or self.domain_layers == "all":
-            return True
-        return layer_number(key) in self.domain_layers
+        return not isinstance(self.domain_layers, list) or layer_number(key) in self.domain_layers
 
     @classmethod
     def from_domains(cls, sources: Mapping[str, str | os.PathLike], **options: Any) -> "MixdaConfig":
@@ -209,6 +201,20 @@ def check_domains(domains: Any) -> list[str]:
                 f"module, got {name!r}."
             )
     return names
+
+
+def check_layers(layers: Any) -> list[int] | str | None:
+    """`domain_layers` as `None`, `"all"` or a sorted list.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if layers is None or layers == "all":
+        return layers
+    numbers = [layers] if isinstance(layers, int) else layers
+    if isinstance(numbers, str) or not numbers or not all(isinstance(i, int) and i >= 0 for i in numbers):
+        raise ValueError(f"`domain_layers` must be layer numbers from 0 on, or 'all', got {layers!r}.")
+    return sorted(set(numbers))
 
 
 def layer_number(key: str) -> int | None:

@@ -70,6 +70,27 @@ class MixdaModel(CellTuner):
             return super().make_layer(config, target, key, parameter_name)  # pyright: ignore[reportReturnType]
         return MixdaLayer(target, name=key)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which calls it. Weights from files need memory to be copied to.
+
+        Args:
+            model (`nn.Module`): The base model.
+            adapter_name (`str`): The adapter.
+            *args, **kwargs: As PEFT says.
+
+        Raises:
+            ValueError: The weights come from files and were to be made without memory.
+        """
+        config: Any = self.peft_config[adapter_name]
+        # PEFT either hands it on, or has already seen to it that all new weights are on the meta device.
+        empty = kwargs.get("low_cpu_mem_usage") or nn.Linear(1, 1).weight.is_meta
+        if config._sources is not None and empty:
+            raise ValueError(
+                "`low_cpu_mem_usage=True` makes weights without memory, so the domain adapters cannot be copied into "
+                "them. Leave it out with `MixdaConfig.from_domains`."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _create_and_replace(
         self,
         peft_config: Any,
