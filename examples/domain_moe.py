@@ -45,7 +45,7 @@ class Settings:
     redrawn: float = 0.125  # share of every expert's channels that starts anew (Drop-Upcycling)
     router_norm: float = 1.0
     aux_loss: float = 1e-3
-    steps: int = 96
+    steps: int = 80
     batch_size: int = 4
     length: int = 256
     learning_rate: float = 5e-4
