@@ -6,7 +6,7 @@ import importlib
 
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
-METHODS = ("dpo", "sft")
+METHODS = ("dpo", "sft", "unlearning")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

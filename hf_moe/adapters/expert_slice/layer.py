@@ -66,6 +66,10 @@ class SliceLayer(BlockLayer):
     prefix: ClassVar[str] = "hfmoe_expert_slice_"
     containers: ClassVar[tuple[str, ...]] = ("bank", "router")
 
+    def __init__(self, base_layer: nn.Module, runtime: Any = None, name: str = ""):
+        super().__init__(base_layer, runtime, name)
+        self._before_merge: dict[Any, torch.Tensor] = {}
+
     def copies(self, adapter_name: str) -> dict[Any, torch.Tensor]:
         """The adapter's copies, by a key of `place`; empty if it has none here."""
         raise TypeError(f"{type(self).__name__} must override `copies`.")
@@ -130,8 +134,9 @@ class SliceLayer(BlockLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts back what `merge` replaced, bit for bit."""
-        for key, tensor in self.__dict__.pop("_before_merge", {}).items():
+        for key, tensor in self._before_merge.items():
             self.place(key).copy_(tensor)
+        self._before_merge = {}
         self.merged_adapters.clear()
 
 
