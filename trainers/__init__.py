@@ -36,10 +36,13 @@ _EXPORTS: dict[str, str] = {
     "MosaMergeCallback": ".mosa_callback",
     "MosaTrainer": ".mosa_trainer",
     "MosaTrainerMixin": ".mosa_mixin",
+    "PillStageCallback": ".pill_callback",
     "RouterLossCollector": ".router_losses",
     "UnlearningStep": ".unlearning_losses",
     "optimizer_groups": ".parameter_groups",
     "parameter_roles": ".parameter_groups",
+    "pill_learning_rate": ".pill_schedule",
+    "pill_schedule": ".pill_schedule",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

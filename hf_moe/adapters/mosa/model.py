@@ -1,5 +1,7 @@
 """Puts sparse adapters into a model, and collapses them into plain ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import nn
@@ -11,7 +13,7 @@ from .hosts import HOSTS, family_targets, residual_source
 from .layer import MosaLayer, ParamWrapper
 
 
-__all__ = ["MosaModel", "collapse_adapter"]
+__all__ = ["MosaModel", "collapse_adapter", "collapsed"]
 
 
 class MosaModel(CellTuner):
@@ -116,3 +118,29 @@ def collapse_adapter(model: Any, adapter_name: str, configs: dict[str, Any] | No
         if isinstance(module, MosaLayer) and module.has(adapter_name):
             module.collapse(adapter_name)
     config.num_experts, config.merge_scale = 1, 1.0
+
+
+@contextmanager
+def collapsed(model: Any, adapter_names: list[str]) -> Iterator[None]:
+    """Inside, the adapters are the plain ones they would collapse into; afterwards they are as they were.
+
+    Args:
+        model (`nn.Module`): As for [`collapse_adapter`].
+        adapter_names (`list[str]`): The adapters.
+
+    Raises:
+        ValueError: As [`collapse_adapter`].
+    """
+    configs = model.peft_config
+    cells = [module.hfmoe_mosa_cell for module in model.modules() if isinstance(module, MosaLayer)]
+    kept = [(cell, name, cell[name]) for cell in cells for name in adapter_names if name in cell]
+    fields = [(configs[name], dict(vars(configs[name]))) for name in adapter_names if name in configs]
+    try:
+        for name in adapter_names:
+            collapse_adapter(model, name)
+        yield
+    finally:
+        for cell, name, before in kept:
+            cell[name] = before
+        for config, before in fields:
+            vars(config).update(before)
