@@ -224,7 +224,7 @@ def plot(table: dict[str, dict[str, float]], samples: torch.Tensor, path: Path) 
     left.set_xlim(0, 1)
     left.legend(loc="lower right")
     right.imshow(
-        torch.cat([torch.cat(list(row), dim=-1) for row in samples.split(8)], dim=-2).squeeze(), cmap="gray_r"
+        torch.cat([torch.cat(list(row), dim=-1) for row in samples.split(8)], dim=-2).squeeze().numpy(), cmap="gray_r"
     )
     right.set_title("digits of some users")
     right.axis("off")
