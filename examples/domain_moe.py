@@ -337,18 +337,21 @@ def train_moe(moe: Any, blocks: Any, settings: Settings, seed: int) -> dict:
 
 def measure(model: Any, tokenizer: Any, held_out: dict[str, Any], settings: Settings, name: str) -> dict:
     """Perplexity and expert load per held-out domain, accuracy per number of steps."""
-    from hf_moe.quickstart.data import held_out_perplexity
-
-    found: dict[str, Any] = {"perplexity": {}, "load": {}, "accuracy": {}}
-    for domain, blocks in held_out.items():
-        found["perplexity"][domain] = held_out_perplexity(model, blocks, f"{name}, {domain}")
-        found["load"][domain] = expert_load(model, blocks)
+    found: dict[str, Any] = {"perplexity": perplexities(model, held_out, name), "accuracy": {}}
+    found["load"] = {domain: expert_load(model, blocks) for domain, blocks in held_out.items()}
     for steps in (1, 2) if settings.problems else ():
         problems = word_problems(0, settings.problems // 2, "test", steps)
         texts = solve(model, tokenizer, problems)
         found["accuracy"][str(steps)] = accuracy(texts, problems)
         found["sample"] = problems[0].prompt + texts[0]
     return found
+
+
+def perplexities(model: Any, held_out: dict[str, Any], name: str) -> dict[str, float]:
+    """Perplexity per domain."""
+    from hf_moe.quickstart.data import held_out_perplexity
+
+    return {domain: held_out_perplexity(model, blocks, f"{name}, {domain}") for domain, blocks in held_out.items()}
 
 
 def expert_load(model: Any, blocks: Any) -> list[list[float]]:
@@ -425,6 +428,7 @@ def train_from_dense(dense: Any, tokenizer: Any, texts: dict, settings: Settings
     """Upcycles, measures, trains, measures."""
     start = time.perf_counter()
     blocks, held_out = token_blocks(texts, tokenizer, settings, seed)
+    dense_perplexity = perplexities(dense, held_out, "dense")
     moe, report = make_moe(dense, blocks, settings, seed)
     before = measure(moe, tokenizer, held_out, settings, "before")
     trained = train_moe(moe, blocks, settings, seed)
@@ -436,6 +440,7 @@ def train_from_dense(dense: Any, tokenizer: Any, texts: dict, settings: Settings
         "parameters": report.parameters,
         "active_parameters": report.active_parameters,
         "provenance": provenance(),
+        "dense": {"perplexity": dense_perplexity},
         "before": before,
         "after": after,
         **trained,
@@ -454,10 +459,13 @@ def summarise(infos: list[dict]) -> str:
     """Perplexity, accuracy and routing shift as Markdown tables, mean ± standard deviation over the seeds."""
     rows = [(f"perplexity, {name}", "perplexity", name) for name in infos[0]["after"]["perplexity"]]
     rows += [(f"problems of {steps} step(s) solved", "accuracy", steps) for steps in infos[0]["after"]["accuracy"]]
-    lines = ["| held out | upcycled | trained |", "|---|---|---|"]
+    lines = ["| held out | dense | upcycled | trained |", "|---|---|---|---|"]
     for label, kind, key in rows:
-        cells = [spread([info[when][kind][key] for info in infos]) for when in ("before", "after")]
-        lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
+        cells = [
+            spread([info[when][kind][key] for info in infos]) if kind in infos[0][when] else ""
+            for when in ("dense", "before", "after")
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     names = list(infos[0]["after"]["load"])
     lines += ["", "Assignments that move to another expert between two domains (0 to 1), mean over layers:", ""]
     lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
