@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .view_layer import MoeLayerView
 from .view_rules import Routing
-from .views import MoeLayerView
 
 
 __all__ = ["Selector", "make_selector", "rank_experts"]

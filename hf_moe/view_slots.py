@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
+from .view_layer import MoeLayerView
 from .view_rules import Routing
-from .views import MoeLayerView
 
 
 __all__ = ["fill_slots", "replace_rows", "skips_empty_slots"]

@@ -49,7 +49,7 @@ def traces(model):
     return hooks, [getattr(view.experts, "_is_expert_parallel", None) for view in moe_layers(model)]
 
 
-# -- selections --------------------------------------------------------------------------------------------------------
+# -- selections -------------------------------------------------------------------------------------------------------
 def test_the_function_is_what_the_package_exports():
     assert hf_moe.routing_override is routing_override
 
@@ -186,7 +186,7 @@ def test_gradients_are_the_same_under_activation_checkpointing(ids):
     torch.testing.assert_close(*gradients)
 
 
-# -- rows and empty slots ----------------------------------------------------------------------------------------------
+# -- rows and empty slots ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "moe_llama"])
 def test_rows_equal_separate_forwards(family, implementation, ids):
@@ -264,7 +264,7 @@ def test_rows_are_those_of_a_decoding_step_too(ids):
     assert index.shape == (3, 2) and (weights[[0, 2]] > 0).all() and weights[1].tolist() == [1.0, 0.0]
 
 
-# -- nesting and leaving -----------------------------------------------------------------------------------------------
+# -- nesting and leaving ----------------------------------------------------------------------------------------------
 def test_the_inner_override_decides_and_the_outer_one_returns(ids):
     model = model_of("mixtral")
     plain = logits(model, ids)
@@ -346,7 +346,7 @@ def test_a_dense_model_is_refused(tiny_llama):
         pass
 
 
-# -- compilation and wrappers ------------------------------------------------------------------------------------------
+# -- compilation and wrappers -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("moe_llama", marks=pytest.mark.slow)])
 def test_compiled_models_obey(family, ids):
     model = tiny_model(family, num_hidden_layers=1)
