@@ -269,7 +269,7 @@ class ExpertUnlearningTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the class below."""
         if self.args.trainable != "expert":
-            self._measure_start()  # what it was cannot be seen later on
+            self.measure_start()  # what it was cannot be seen later on
         if self.scores is not None and self.args.should_save:
             self.scores.to_json(os.path.join(str(self.args.output_dir), "expert_scores.json"))
         with nullcontext() if self.anchor is None else self.anchor.attached():
@@ -317,7 +317,7 @@ class ExpertUnlearningTrainer(Trainer):
 
         self._memory_tracker.start()
         began = time.time()
-        start = self._measure_start()
+        start = self.measure_start()
         with _eval_mode(self.model):
             now = self._cross_entropies(self.model)
             extra = {} if self._compute_utility is None else dict(self._compute_utility(self.model))
@@ -336,8 +336,12 @@ class ExpertUnlearningTrainer(Trainer):
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
 
-    def _measure_start(self) -> dict[str, float]:
-        """Cross-entropies at the start: of this model without its slices, or of this model before training."""
+    def measure_start(self) -> dict[str, float]:
+        """Cross-entropies at the start: of this model without its slices, or of this model before training.
+
+        Returns:
+            `dict[str, float]`: `forget`, and `retain` where there is such a set.
+        """
         if not self._start:
             if self.args.trainable == "expert":
                 with self.reference() as reference:
