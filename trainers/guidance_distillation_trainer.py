@@ -57,6 +57,8 @@ class GuidanceDistillationTrainer(Trainer):
     ```
     """
 
+    args: Any
+
     def __init__(self, model: Any, args: Any = None, *, peft_config: AgdConfig | None = None, **kwargs: Any):
         args = GuidanceDistillationConfig("guidance_distillation") if args is None else args
         dataset = kwargs.get("train_dataset")
@@ -74,8 +76,8 @@ class GuidanceDistillationTrainer(Trainer):
             )
         if not isinstance(model, PeftModel):
             raise TypeError(
-                f"`model` ({type(model).__name__}) has adapters but is no PEFT model, so its checkpoints would hold the "
-                "base. Pass the base and `peft_config=AgdConfig(...)`."
+                f"`model` ({type(model).__name__}) has adapters but is no PEFT model, so its checkpoints would hold "
+                "the base. Pass the base and `peft_config=AgdConfig(...)`."
             )
         _fill_range(model, layers, getattr(dataset, "scale_range", None))
         base: Any = model.get_base_model()
@@ -122,7 +124,7 @@ class GuidanceDistillationTrainer(Trainer):
 
 
 def _arguments(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:
-    """Latents and conditions in the base's dtype (not the timesteps), with `"a.b"` as key `b` of the dictionary `a`."""
+    """Latents and conditions in the base's dtype (not the timesteps), `"a.b"` as key `b` of the dictionary `a`."""
     arguments: dict[str, Any] = {}
     for name, value in inputs.items():
         value = value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value

@@ -21,7 +21,7 @@ __all__ = ["load_agd", "save_agd", "unload_agd"]
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
-# What PEFT's own files have in front of each key: with it `PeftModel.from_pretrained` reads our files, and we read its.
+# What PEFT's own files have in front of each key: `PeftModel.from_pretrained` reads our files, and we its.
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -95,8 +95,8 @@ def load_agd(pipe: Any, folder: str | os.PathLike, adapter_name: str = "default"
     missing = sorted(site for site in sites if site not in modules)
     if missing:
         raise ValueError(
-            f"The adapter has a cell for {missing[0]!r} (and {len(missing) - 1} more), which {type(model).__name__} does "
-            "not have. It was made for another architecture."
+            f"The adapter has a cell for {missing[0]!r} (and {len(missing) - 1} more), which {type(model).__name__} "
+            "does not have. It was made for another architecture."
         )
     active = _active_adapters(model)
     others = dict(getattr(model, "peft_config", {}))

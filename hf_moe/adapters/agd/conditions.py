@@ -87,8 +87,8 @@ class Conditions:
         if self.doubled_calls == 2:
             warnings.warn(
                 "Each latent comes twice in the batch, as when a pipeline does classifier-free guidance itself: with "
-                "an active AGD adapter guidance is then applied twice. Call the pipeline with `guidance_scale=1.0`, or "
-                "through `guidance_free(pipe, scale)`.",
+                "an active AGD adapter guidance is then applied twice. Call the pipeline with `guidance_scale=1.0`, "
+                "or through `guidance_free(pipe, scale)`.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -113,8 +113,8 @@ class Conditions:
             value = value.detach().to(x.device)
             if len(value) not in (1, len(x)) or value.shape[-1] != size:
                 raise ValueError(
-                    f"The condition {name!r} has shape {tuple(value.shape)}; the adapter needs width {size} and one row "
-                    f"or {len(x)}."
+                    f"The condition {name!r} has shape {tuple(value.shape)}; the adapter needs width {size} and one "
+                    f"row or {len(x)}."
                 )
             found[name] = value
         return found
@@ -128,8 +128,8 @@ class Conditions:
             value = self.runtime.get(argument) if value is None else value
         if value is None:
             raise ValueError(
-                f"The call has no {name!r}, which the adapter needs. For a model whose arguments have other names, set "
-                "`set_condition_fn(model, lambda args, kwargs: {...})`."
+                f"The call has no {name!r}, which the adapter needs. For a model whose arguments have other names, "
+                "set `set_condition_fn(model, lambda args, kwargs: {...})`."
             )
         value = torch.as_tensor(value)
         if name == "timestep" and (value.ndim < 2 or value.shape[-1] != size):

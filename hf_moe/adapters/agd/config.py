@@ -15,8 +15,8 @@ CONDITIONS = ("scale", "timestep", "class", "prompt")
 class AgdConfig(MoeAdapterConfig):
     """Adapters on the attention blocks of a frozen denoiser that reproduce classifier-free guidance in one pass.
 
-    `target_modules` is known for diffusers' models: `attn2` at all sites of a UNet, `attn1` of a DiT, `attn` of SD3 and
-    Flux. [`REFERENCE_SITES`] holds regular expressions for the sites the authors' code reaches.
+    `target_modules` is known for diffusers' models: `attn2` at all sites of a UNet, `attn1` of a DiT, `attn` of SD3
+    and Flux. [`REFERENCE_SITES`] holds regular expressions for the sites the authors' code reaches.
 
     Args:
         architecture (`str`, defaults to `"offset"`): `"offset"` adds one vector to all tokens of a block's output,
@@ -31,10 +31,10 @@ class AgdConfig(MoeAdapterConfig):
         num_heads (`int`, defaults to 1): Heads of the cross-attention.
         dropout (`float`, defaults to 0.0): In the offset's networks, or on the attention's weights.
         zero_init (`bool`, defaults to `True`): Start as the base model. `False` draws the last layer too.
-        timestep_embedding (`str`, *optional*): `"base"` for the vector the base model computes itself, `"sinusoid"` for
-            sines and cosines of the timestep. The former where the model has such a module.
-        condition_modules (`dict[str, str]`, *optional*): Paths of the base's modules whose outputs are the embedding of
-            `"timestep"` or `"class"`. Known for diffusers' models.
+        timestep_embedding (`str`, *optional*): `"base"` for the vector the base model computes itself, `"sinusoid"`
+            for sines and cosines of the timestep. The former where the model has such a module.
+        condition_modules (`dict[str, str]`, *optional*): Paths of the base's modules whose outputs are the embedding
+            of `"timestep"` or `"class"`. Known for diffusers' models.
         condition_sizes (`dict[str, int]`, *optional*): Widths of the conditions. Known for diffusers' models and for
             embedding modules.
         block_size (`int`, *optional*): Width d of the blocks, where it cannot be read off them.
@@ -88,8 +88,9 @@ class AgdConfig(MoeAdapterConfig):
             self.require("condition_on", known, f"'scale' and any of {CONDITIONS[1:]}")
             self.condition_on = tuple(name for name in CONDITIONS if name in self.condition_on)
         if self.guidance_range is not None:
-            self.guidance_range = tuple(self.guidance_range)
-            ordered = len(self.guidance_range) == 2 and self.guidance_range[0] <= self.guidance_range[1]
+            scales = tuple(self.guidance_range)
+            self.guidance_range = scales  # pyright: ignore[reportAttributeAccessIssue]  (checked in the next lines)
+            ordered = len(scales) == 2 and scales[0] <= scales[1]
             self.require("guidance_range", ordered, "two scales, the lower one first")
         for name in ("condition_modules", "condition_sizes"):
             unknown = set(getattr(self, name) or {}) - set(CONDITIONS[1:])

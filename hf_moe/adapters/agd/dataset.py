@@ -63,7 +63,7 @@ class AgdDataset(Dataset):
         row = trajectory - self._starts[shard]
         file = self._shard(shard)
         found = {}
-        for key in file.keys():  # noqa: SIM118  (no mapping)
+        for key in file.keys():
             kind, _, name = key.partition(".")
             if kind == "inputs":
                 found[name] = file.get_slice(key)[row : row + 1, step : step + 1][0, 0]

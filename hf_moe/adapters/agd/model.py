@@ -83,11 +83,12 @@ class AgdModel(CellTuner):
             `nn.Module`: The base model, without adapters.
 
         Raises:
-            NotImplementedError: The adapter depends on more than the scale, or a block's last layer is unknown; nothing
-                is changed then.
+            NotImplementedError: The adapter depends on more than the scale, or a block's last layer is unknown;
+                nothing is changed then.
         """
         name = adapter_name or self.active_adapters[0]
-        names = self.peft_config[name].condition_on
+        config: Any = self.peft_config[name]
+        names = config.condition_on
         if names != ("scale",):
             raise NotImplementedError(
                 f"`fold` needs an adapter with `condition_on=('scale',)`, but {name!r} has {names}: its effect is not "

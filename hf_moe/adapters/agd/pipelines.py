@@ -1,4 +1,4 @@
-"""Guided trajectories of a diffusers pipeline, seen from its network: one hook, whatever the pipeline does around it."""
+"""Guided trajectories of a diffusers pipeline, seen from its network, whatever it does around it."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ _CONDITIONAL_FIRST = ("DiTPipeline",)
 
 
 class PipelineSampler:
-    """Runs a pipeline with its own classifier-free guidance and shows each step: a sampler for [`record_trajectories`].
+    """Runs a pipeline with its own classifier-free guidance and shows each step, for [`record_trajectories`].
 
     Args:
-        pipe (`DiffusionPipeline`): Guides with one call of a doubled batch per step (DiT, Stable Diffusion 1 to 3, ...).
+        pipe (`DiffusionPipeline`): Guides with one call of a doubled batch per step (DiT, Stable Diffusion, ...).
         conditional_half (`str`, *optional*): `"first"` or `"second"` half of that batch; known where left out.
         **kwargs: For each call of the pipeline, such as `num_inference_steps=50`.
 
@@ -97,9 +97,9 @@ class _Recorder:
         x, both = named.pop(latents), prediction_of(output)
         if len(x) != 2:
             raise ValueError(
-                f"The pipeline called its network with {len(x)} rows at guidance scale {self.scale:g}; needed are two, "
-                "the conditional and the unconditional one. Scales must be above 1, and pipelines that call the network "
-                "twice per step cannot be recorded this way; use a sampler of your own."
+                f"The pipeline called its network with {len(x)} rows at guidance scale {self.scale:g}; needed are "
+                "two, the conditional and the unconditional one. Scales must be above 1, and pipelines that call the "
+                "network twice per step cannot be recorded this way; use a sampler of your own."
             )
         time = named.pop("timestep")
         time = torch.as_tensor(time).reshape(-1)

@@ -73,8 +73,8 @@ class DenoisingLoop:
     For networks without a pipeline. It is a sampler for [`record_trajectories`].
 
     Args:
-        denoiser (`nn.Module`): Called as `denoiser(latents, timestep, **conditions)`. Channels it returns beyond those of
-            the latents (a learned variance) are left alone.
+        denoiser (`nn.Module`): Called as `denoiser(latents, timestep, **conditions)`. Channels it returns beyond
+            those of the latents (a learned variance) are left alone.
         scheduler: As diffusers' ones: `set_timesteps(n)`, `timesteps`, `step(prediction, t, latents)`, which returns
             the latents or something with `prev_sample`.
         shape (`tuple[int, ...]`): Of one sample's latents, channels first.
@@ -141,7 +141,7 @@ class DenoisingLoop:
     def guided(
         self, conditions: Mapping[str, torch.Tensor], scale: Any, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Samples with classifier-free guidance; `scale` is one number or one per row. See [`~DenoisingLoop.__call__`]."""
+        """Samples with classifier-free guidance; `scale` is a number or one per row. See `__call__`."""
         rows = len(next(iter(conditions.values())))
         return self(conditions, torch.as_tensor(scale, dtype=torch.float32).expand(rows), generator)
 

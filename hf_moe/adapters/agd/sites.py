@@ -54,15 +54,20 @@ def resolve_conditions(model: nn.Module, config: AgdConfig) -> None:
     prompt = _prompt_size(model)
     if prompt is not None:
         sizes["prompt"] = prompt
-    sizes |= config.condition_sizes or {}
+    for name, size in (config.condition_sizes or {}).items():
+        if sizes.setdefault(name, size) != size:
+            raise ValueError(
+                f"`condition_sizes` says that {name!r} has width {size}, but in {type(model).__name__} it has "
+                f"{sizes[name]}."
+            )
     names = config.condition_on
     if names is None:
         names = tuple(name for name in CONDITIONS if name == "scale" or name in sizes)
     if "timestep" in names and "timestep" not in modules:
         if config.timestep_embedding == "base":
             raise ValueError(
-                f"`timestep_embedding='base'`, but no timestep embedding was found in {type(model).__name__}. Name its "
-                "module, as in `condition_modules={'timestep': 'time_embedding'}`, or choose 'sinusoid'."
+                f"`timestep_embedding='base'`, but no timestep embedding was found in {type(model).__name__}. Name "
+                "its module, as in `condition_modules={'timestep': 'time_embedding'}`, or choose 'sinusoid'."
             )
         sizes.setdefault("timestep", SINUSOID_SIZE)
     for name in names[1:]:
@@ -147,7 +152,8 @@ def _submodule(model: nn.Module, path: str, name: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"`condition_modules` says that {name!r} comes from {path!r}, but {type(model).__name__} has no such module."
+            f"`condition_modules` says that {name!r} comes from {path!r}, but {type(model).__name__} has no "
+            "such module."
         ) from error
 
 

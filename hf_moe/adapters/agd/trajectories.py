@@ -1,4 +1,4 @@
-"""Guided trajectories on disk: safetensors shards and a JSON index, written so that an interruption loses one shard."""
+"""Guided trajectories on disk: safetensors shards and a JSON index, so that an interruption loses one shard."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def record_trajectories(
     for name, value in (("shard_size", shard_size), ("step_stride", step_stride)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
-    if not callable(sampler) or hasattr(sampler, "scheduler") and hasattr(sampler, "register_modules"):
+    if not callable(sampler) or (hasattr(sampler, "scheduler") and hasattr(sampler, "register_modules")):
         sampler = PipelineSampler(sampler)
     folder = Path(folder)
     total = len(next(iter(conditions.values()))) if isinstance(conditions, Mapping) else len(conditions)
