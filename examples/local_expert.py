@@ -25,6 +25,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from transformers import PrinterCallback
 
 from hf_moe import LocalExpertConfig
 from hf_moe.trainers import LocalExpertTrainer, LocalExpertTrainingArguments
@@ -180,6 +181,7 @@ def run_user(base: nn.Module, generic: Any, custom: Any, preset: Preset, seed: i
             generic=rows(replay, replay_labels),
             eval_generic_dataset=rows(replay, replay_labels),  # for the threshold; the figures come from other digits
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         model.eval()
         added = sum(p.numel() for n, p in model.named_parameters() if "hfmoe_" in n)

@@ -1,6 +1,6 @@
 """transformers' own model tests on our backbones.
 
-They come from its source distribution (`python tests/fetch_transformers_tests.py`); without it this file is skipped.
+They come from its source distribution (`python tests/fetch_library_tests.py`); without it this file is skipped.
 By default two backbones run: a plain one and the one whose routers hand state on. The others are marked slow.
 """
 
@@ -18,7 +18,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "transformers-tests"
 MARKER = CACHE / "VERSION"
 if not MARKER.is_file() or MARKER.read_text().strip() != version("transformers"):
     pytest.skip(
-        "the tests of this transformers version are absent: run `python tests/fetch_transformers_tests.py`",
+        "the tests of this transformers version are absent: run `python tests/fetch_library_tests.py`",
         allow_module_level=True,
     )
 sys.path.append(str(CACHE))

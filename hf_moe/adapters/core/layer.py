@@ -39,6 +39,9 @@ class CellLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.runtime = runtime
         self.name = name
+        for size in ("in_features", "out_features"):  # other code asks a wrapped Linear for them
+            if hasattr(base_layer, size):
+                setattr(self, size, getattr(base_layer, size))
         for container in self.adapter_layer_names:
             setattr(self, container, nn.ModuleDict())
         # On the instance: PEFT's class defaults are one list and one dict for all layers.
@@ -89,6 +92,7 @@ class CellLayer(nn.Module, BaseTunerLayer):
         """
         for container, cell in self.build(adapter_name, config).items():
             getattr(self, self.prefix + container)[adapter_name] = cell
+            cell.train(self.base_layer.training)  # added to a model in eval mode, it must not act as in training
         self.freeze(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -44,6 +44,7 @@ class LocalExpertLayer(CellLayer):
 
     prefix = "hfmoe_local_expert_"
     containers = ("expert", "gate")
+    other_param_names = ("configs",)
 
     def __init__(self, base_layer: nn.Module, runtime: Runtime | None = None, name: str = ""):
         super().__init__(base_layer, runtime, name)
