@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .fused import FusedStreams, why_not_fused
 from .loop import decode
 from .refusals import arguments_kept_back, check_cache, check_mode
 from .streams import SeparateStreams
+from .switch import WeakSwitch
 from .weak import WeakRouting, parse_weak
 
 
@@ -147,17 +147,15 @@ class SelfContrast:
         synced_gpus = self._synced(model)
         self._check_kept_back(kept_back, synced_gpus)
         mode = self._choose_mode(why_not_fused(model, generation_config, model_kwargs, input_ids, layers))
-        rows = slice(input_ids.shape[0], 2 * input_ids.shape[0]) if mode == "fused" else None
-        weak = partial(routing.override, model, rows, self._generator(model))
-        streams = (FusedStreams if mode == "fused" else SeparateStreams)(
-            model, generation_config, model_kwargs, input_ids, weak
-        )
-        if self.streamer is not None and kept_back.get("streamer") is None:  # else `generate` has put the prompt
-            self.streamer.put(input_ids.cpu())
-        output = decode(
-            model, input_ids, streams, self.contrast, logits_processor, stopping_criteria, generation_config,
-            synced_gpus, self.streamer,
-        )  # fmt: skip
+        make_streams = FusedStreams if mode == "fused" else SeparateStreams
+        with WeakSwitch(model, layers, routing, mode == "fused", self._generator(model)) as weak:
+            streams = make_streams(model, generation_config, model_kwargs, input_ids, weak)
+            if self.streamer is not None and kept_back.get("streamer") is None:  # else `generate` has put the prompt
+                self.streamer.put(input_ids.cpu())
+            output = decode(
+                model, input_ids, streams, self.contrast, logits_processor, stopping_criteria, generation_config,
+                synced_gpus, self.streamer,
+            )  # fmt: skip
         logger.info(
             f"Self-contrast decoding ({mode}): the weak stream's cache took {streams.weak_cache_bytes()} bytes."
         )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +53,15 @@ class WeakRouting:
                 f"{smallest.num_experts}. The number must be between 1 and {smallest.num_experts}."
             )
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The same, as an argument of [`~hf_moe.routing_override`], which counts ranks from 0."""
+        return {
+            "rank": {"ranks": [self.number - 1]},
+            "top": {"top_m": self.number},
+            "random": {"random": self.number},
+        }[self.kind]
+
     def override(
         self, model: nn.Module, rows: slice | None = None, generator: torch.Generator | None = None
     ) -> AbstractContextManager:
@@ -68,12 +77,9 @@ class WeakRouting:
         """
         from hf_moe.routing_override import routing_override
 
-        selection: dict[str, Any] = {
-            "rank": {"ranks": [self.number - 1]},
-            "top": {"top_m": self.number},
-            "random": {"random": self.number, "generator": generator},
-        }[self.kind]
-        return routing_override(model, **selection, weights=cast(Any, self.weights), rows=rows)
+        weights: Any = self.weights
+        generator = generator if self.kind == "random" else None
+        return routing_override(model, **self.selection, weights=weights, rows=rows, generator=generator)
 
 
 def parse_weak(weak: str, weights: str = "native") -> WeakRouting:
