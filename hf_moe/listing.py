@@ -125,6 +125,12 @@ def _decoding() -> list[Entry]:
     return [_entry("SelfContrast", SelfContrast)]
 
 
+def _unlearning() -> list[Entry]:
+    from hf_moe.trainers import ExpertUnlearningTrainer
+
+    return [_entry("ExpertUnlearningTrainer", ExpertUnlearningTrainer)]
+
+
 def _exported(package: str) -> list[Entry]:
     module = importlib.import_module(package)
     return [_entry(name, getattr(module, name)) for name in module.__all__ if name not in BASE_CLASSES]
@@ -156,4 +162,5 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "recipes": _recipes,
     "router-inits": _router_inits,
     "decoding": _decoding,
+    "unlearning": _unlearning,
 }

@@ -32,6 +32,7 @@ def row(start):
         ("upcycling recipes", "recipes"),
         ("router starts", "router-inits"),
         ("decoding", "decoding"),
+        ("unlearning", "unlearning"),
     ],
 )
 def test_the_table_names_exactly_what_is_registered(start, kind):
