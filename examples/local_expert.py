@@ -224,7 +224,7 @@ def plot(table: dict[str, dict[str, float]], samples: torch.Tensor, path: Path) 
     left.invert_yaxis()
     left.set_xlabel("accuracy (bars: standard deviation over users and seeds)")
     left.set_xlim(0, 1)
-    left.legend(loc="lower right")
+    figure.legend(loc="outside upper left", ncols=2)
     right.imshow(
         torch.cat([torch.cat(list(row), dim=-1) for row in samples.split(8)], dim=-2).squeeze().numpy(), cmap="gray_r"
     )

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from .bibliography import Paper, find_papers
 
 
-__all__ = ["TypeCard", "list_type_cards", "type_card"]
+__all__ = ["TypeCard", "list_type_cards", "read_card", "type_card"]
 
 FOLDER = Path(__file__).parent / "types"
 
@@ -67,7 +68,19 @@ def type_card(model_type: str) -> TypeCard:
     name = "upcycled" if model_type.startswith("upcycled_") else model_type
     if name not in list_type_cards():
         raise ValueError(f"`model_type={model_type!r}` has no card. Cards: {list_type_cards()}.")
-    _, metadata, body = (FOLDER / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields, papers, body = read_card(FOLDER / f"{name}.md")
+    return TypeCard(fields["model_type"], fields["title"], fields["summary"], papers, body)
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], tuple[Paper, ...], str]:
+    """The parts of a card file: metadata, the papers they name, and the Markdown below.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `tuple`: `dict` of metadata, papers, text.
+    """
+    _, metadata, body = path.read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(metadata)
-    papers = tuple(find_papers(" ".join(fields["papers"])))
-    return TypeCard(fields["model_type"], fields["title"], fields["summary"], papers, body.strip() + "\n")
+    return fields, tuple(find_papers(" ".join(fields["papers"]))), body.strip() + "\n"

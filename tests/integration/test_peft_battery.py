@@ -38,6 +38,9 @@ CASES = [
 NOT_MERGEABLE = (MixdaConfig, LocalExpertConfig)
 
 
+MLP = {"expert": "mlp"}
+
+
 def mixed(name, config, fields, other):
     return name, config(**fields, init_weights=False), config(**{**fields, **other}, init_weights=False)
 
