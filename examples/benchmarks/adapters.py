@@ -20,6 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_moe import MosaConfig
+
 
 class Subject(NamedTuple):
     """An adapter type and the modules where LoRA stands in the comparison: the same ones, or what they consist of."""
@@ -29,7 +31,10 @@ class Subject(NamedTuple):
     within: Callable[[Any], Any] = lambda model: nullcontext()
 
 
-SUBJECTS: dict[str, Subject] = {}
+SUBJECTS: dict[str, Subject] = {
+    "mosa": Subject(lambda: MosaConfig(r=64), ["gate_proj", "up_proj", "down_proj"]),
+    "mosa, LoRA form": Subject(lambda: MosaConfig(style="lora", r=16), ["q_proj", "v_proj"]),
+}
 
 
 def base_model(layers: int, hidden: int) -> LlamaForCausalLM:
