@@ -119,6 +119,12 @@ def _router_inits() -> list[Entry]:
     return _exported("hf_moe.upcycling.router_init")
 
 
+def _adapters() -> list[Entry]:
+    from hf_moe.adapters import config_classes
+
+    return [_entry(cls.__name__, cls) for cls in config_classes()]
+
+
 def _decoding() -> list[Entry]:
     from hf_moe.generation import SelfContrast
 
@@ -161,6 +167,7 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "experts": _experts,
     "recipes": _recipes,
     "router-inits": _router_inits,
+    "adapters": _adapters,
     "decoding": _decoding,
     "unlearning": _unlearning,
 }

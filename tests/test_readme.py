@@ -31,6 +31,7 @@ def row(start):
         ("experts", "experts"),
         ("upcycling recipes", "recipes"),
         ("router starts", "router-inits"),
+        ("adapters", "adapters"),
         ("decoding", "decoding"),
         ("unlearning", "unlearning"),
     ],

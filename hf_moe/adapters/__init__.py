@@ -44,6 +44,20 @@ def register_all() -> None:
         importlib.import_module(f"{__name__}.{folder}")
 
 
+def config_classes() -> list[type]:
+    """The config class of every adapter type, for lists and tests.
+
+    Returns:
+        `list[type]`: In the order of `ADAPTER_FOLDERS`.
+    """
+    modules = (importlib.import_module(f"{__name__}.{folder}") for folder in ADAPTER_FOLDERS)
+    found = []
+    for module in modules:
+        members = (getattr(module, name) for name in module.__all__)
+        found += [member for member in members if isinstance(member, type) and hasattr(member, "type_name")]
+    return found
+
+
 # Last: importing PEFT registers the types, whose folders import what `core` holds. Were PEFT first imported from
 # within `core`, they would find it half made.
 importlib.import_module("peft")
