@@ -56,8 +56,8 @@ def measure(layers: int, batch: int, rounds: int, share: str) -> list[dict[str, 
     results = []
     for name, values in ratios.items():
         low, _, high = quantiles(values, n=4)
-        results.append({"model": name, "share": share, "batch": batch, "ratio": median(values), "quartiles": [low, high],
-                        "collapse_difference": difference})  # fmt: skip
+        about = {"model": name, "share": share, "batch": batch, "collapse_difference": difference}
+        results.append({**about, "ratio": median(values), "quartiles": [low, high]})
     return results
 
 
