@@ -41,6 +41,17 @@ def small(dense_dir, tmp_path):
     return words(dense_dir, tmp_path / "out")
 
 
+@pytest.fixture(autouse=True)
+def stand_in_plots(monkeypatch):
+    """Drawing takes as long as all the rest of a tiny run. `finished` is made before this holds and has real plots."""
+
+    def save(report, directory):
+        (directory / "expert_load.png").write_bytes(b"not drawn")
+        return {"expert_load.png": "Not drawn."}
+
+    monkeypatch.setattr("hf_moe.reporting.plots.save_plots", save)
+
+
 @pytest.fixture(scope="module")
 def finished(dense_dir, tmp_path_factory):
     """Output folder of a finished run on the tiny model, and the run's exit code."""

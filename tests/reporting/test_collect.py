@@ -155,6 +155,12 @@ def test_table_has_one_row_per_layer_for_the_card(model, tiny_tokenizer):
 
 
 def test_a_failed_save_leaves_the_old_report(model, tiny_tokenizer, tmp_path, monkeypatch):
+    def draw(report, directory):
+        for name in REPORT_FILES[:2]:
+            (directory / name).write_text(report.model_name)
+        return dict.fromkeys(REPORT_FILES[:2], "Not drawn.")
+
+    monkeypatch.setattr("hf_moe.reporting.plots.save_plots", draw)
     report = routing_report(model, tiny_tokenizer, TEXTS)
     report.save(tmp_path / "report")
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
@@ -166,6 +172,7 @@ def test_a_failed_save_leaves_the_old_report(model, tiny_tokenizer, tmp_path, mo
     report.model_name = "another"
     with pytest.raises(KeyboardInterrupt):
         report.save(tmp_path / "report")
+    assert len(before) == 4
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
