@@ -20,7 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_moe import MosaConfig
+from hf_moe import AgdConfig, MixdaConfig, MosaConfig, PillConfig
+from hf_moe.adapters.agd import agd_guidance
 
 
 class Subject(NamedTuple):
@@ -33,6 +34,9 @@ class Subject(NamedTuple):
 
 SUBJECTS: dict[str, Subject] = {
     "mosa": Subject(lambda: MosaConfig(r=64), ["gate_proj", "up_proj", "down_proj"]),
+    "mixda": Subject(lambda: MixdaConfig(domain_layers="all"), ["down_proj"]),
+    "pill": Subject(lambda: PillConfig(r=32), ["v_proj", "gate_proj", "up_proj"]),
+    "agd": Subject(lambda: AgdConfig(hidden_size=128), ["o_proj"], lambda model: agd_guidance(model, 4.0)),
     "mosa, LoRA form": Subject(lambda: MosaConfig(style="lora", r=16), ["q_proj", "v_proj"]),
 }
 

@@ -1,4 +1,4 @@
-"""The local expert: identities of its mixture, its gate's inputs, its threshold. What all types do is in the battery."""
+"""The local expert: identities of its mixture, its gate's inputs, its threshold. The battery has the rest."""
 
 import pytest
 import torch
