@@ -127,7 +127,9 @@ def _hook(stack: ExitStack, view: MoeLayerView, selector: Selector, renormalise:
         weights, index = selector(view, routing, args, kwargs, tokens)
         if renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        weights, index = fill_slots(view, routing, weights.to(native.top_k_weights.dtype), index)
+        weights = weights.to(native.top_k_weights.dtype)
+        if selector.leaves_slots_empty or view.rule is None:
+            weights, index = fill_slots(view, routing, weights, index)
         if tokens is not None:
             weights, index = replace_rows(view, native, tokens, weights, index)
         return view.write(output, weights, index)
@@ -143,7 +145,7 @@ def _hook(stack: ExitStack, view: MoeLayerView, selector: Selector, renormalise:
 
 def _tokens_of_rows(
     view: MoeLayerView, rows: slice | list[int], batch_size: int | None, router_logits: torch.Tensor
-) -> torch.Tensor:
+) -> slice | torch.Tensor:
     """Positions among the T tokens of those in `rows`."""
     num_tokens = router_logits.shape[0]
     if not batch_size or num_tokens % batch_size:
@@ -153,5 +155,10 @@ def _tokens_of_rows(
         )
     if not isinstance(rows, slice) and not all(-batch_size <= row < batch_size for row in rows):
         raise ValueError(f"`rows` must lie in the batch, which has {batch_size} rows, got {rows}.")
+    if isinstance(rows, slice):
+        start, stop, step = rows.indices(batch_size)
+        if step == 1:  # a part of each tensor as it is: nothing has to be gathered
+            length = num_tokens // batch_size
+            return slice(start * length, max(start, stop) * length)
     tokens = torch.arange(num_tokens, device=router_logits.device).view(batch_size, -1)
     return tokens[rows].reshape(-1)

@@ -151,7 +151,7 @@ class MoeLayerView:
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         args: tuple = (),
-        tokens: torch.Tensor | None = None,
+        tokens: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weights the router would give to these experts.
 
@@ -160,7 +160,7 @@ class MoeLayerView:
             router_logits (`torch.Tensor` of shape `(T, N)`): As in [`Routing`].
             top_k_index (`torch.Tensor` of shape `(T, K')`): The experts, no empty slots.
             args (`tuple`): What the router was called with.
-            tokens (`torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens among those of that call.
+            tokens (`slice` or `torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens in that call.
 
         Returns:
             `torch.Tensor` of shape `(T, K')`.

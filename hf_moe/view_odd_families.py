@@ -53,7 +53,7 @@ class PhimoeRule(FamilyRule):
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         args: tuple = (),
-        tokens: torch.Tensor | None = None,
+        tokens: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         chosen = router_logits.gather(-1, top_k_index).unsqueeze(-1)  # (T, K', 1)
         logits = router_logits.unsqueeze(-2)  # (T, 1, N)
@@ -111,7 +111,7 @@ class PerExpertScaleRule(FamilyRule):
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         args: tuple = (),
-        tokens: torch.Tensor | None = None,
+        tokens: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         weights = super().weigh(router, scores, router_logits, top_k_index)
         return weights * router.per_expert_scale[top_k_index]
@@ -186,7 +186,7 @@ class InklingRule(FamilyRule):
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         args: tuple = (),
-        tokens: torch.Tensor | None = None,
+        tokens: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         flat = args[0].reshape(-1, router.hidden_dim)
         flat = flat if tokens is None else flat[tokens]

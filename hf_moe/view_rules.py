@@ -170,7 +170,7 @@ class FamilyRule:
         router_logits: torch.Tensor,
         top_k_index: torch.Tensor,
         args: tuple = (),
-        tokens: torch.Tensor | None = None,
+        tokens: slice | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mixing weights of the experts in `top_k_index`, both `(T, K')`.
 
@@ -180,7 +180,7 @@ class FamilyRule:
             router_logits (`torch.Tensor` of shape `(T, N)`): See [`Routing`].
             top_k_index (`torch.Tensor` of shape `(T, K')`): The experts, no empty slots.
             args (`tuple`): What the router was called with.
-            tokens (`torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens among those of that call.
+            tokens (`slice` or `torch.Tensor` of shape `(T,)`, *optional*): Positions of these tokens in that call.
         """
         normalisation = self.normalisation(router)
         if normalisation == "softmax":
@@ -188,7 +188,8 @@ class FamilyRule:
         else:
             weights = scores.gather(-1, top_k_index)
         if normalisation == "sum":
-            total = weights.sum(dim=-1, keepdim=True) + self.epsilon
+            total = weights.sum(dim=-1, keepdim=True)
+            total = total + self.epsilon if self.epsilon else total
             weights = weights / (total if self.floor is None else total.clamp(min=getattr(router, self.floor)))
         return weights if self.scale is None else weights * getattr(router, self.scale)
 

@@ -38,7 +38,7 @@ class Selector:
         return self.threshold is not None or self.fn is not None
 
     def __call__(
-        self, view: MoeLayerView, routing: Routing, args: tuple, kwargs: dict, tokens: torch.Tensor | None
+        self, view: MoeLayerView, routing: Routing, args: tuple, kwargs: dict, tokens: slice | torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chooses and weighs.
 
@@ -46,7 +46,7 @@ class Selector:
             view ([`MoeLayerView`]): The layer.
             routing ([`Routing`]): What its router decided for the `T` tokens in question.
             args, kwargs: What the router was called with.
-            tokens (`torch.Tensor` of shape `(T,)`, *optional*): Their positions among those the router saw.
+            tokens (`slice` or `torch.Tensor` of shape `(T,)`, *optional*): Their positions among those the router saw.
 
         Returns:
             Weights and experts, `(T, K')`; `N` with weight 0 on an empty slot.
@@ -64,11 +64,19 @@ class Selector:
             return _checked(self.fn(view, routing, choice), view, logits)
         ranks = self.ranks or ()
         order = rank_experts(choice, scores, max(ranks) + 1, view.num_experts_per_tok, view.ordered)
-        index = order if ranks == tuple(range(len(ranks))) else order[:, list(ranks)]
+        if len(ranks) == 1:
+            index = order[:, ranks[0] : ranks[0] + 1]
+        else:
+            index = order if ranks == tuple(range(len(ranks))) else order[:, list(ranks)]
         return view.weigh(scores, logits, index, args, tokens), index
 
     def _above_threshold(
-        self, view: MoeLayerView, routing: Routing, scores: torch.Tensor, args: tuple, tokens: torch.Tensor | None
+        self,
+        view: MoeLayerView,
+        routing: Routing,
+        scores: torch.Tensor,
+        args: tuple,
+        tokens: slice | torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits, probabilities = routing.router_logits, view.probabilities(routing.router_logits)
         threshold = self.threshold or 0.0

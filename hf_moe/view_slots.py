@@ -71,14 +71,14 @@ def fill_slots(
 
 
 def replace_rows(
-    view: MoeLayerView, native: Routing, tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor
+    view: MoeLayerView, native: Routing, tokens: slice | torch.Tensor, weights: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's decision with that of some tokens replaced; the fewer slots are padded.
 
     Args:
         view ([`MoeLayerView`]): The layer.
         native ([`Routing`]): Of all `T` tokens, `K` slots.
-        tokens (`torch.Tensor` of shape `(R,)`): Positions of the tokens to replace.
+        tokens (`slice` or `torch.Tensor` of shape `(R,)`): Positions of the tokens to replace.
         weights (`torch.Tensor` of shape `(R, K')`): Their weights.
         index (`torch.Tensor` of shape `(R, K')`): Their experts.
 
@@ -88,6 +88,11 @@ def replace_rows(
     slots = max(native.top_k_index.shape[-1], index.shape[-1])
     all_weights, all_index = _pad(view, native.top_k_weights, native.top_k_index, slots)
     weights, index = _pad(view, weights, index, slots)
+    if isinstance(tokens, slice):
+        return (
+            torch.cat([all_weights[: tokens.start], weights, all_weights[tokens.stop :]]),
+            torch.cat([all_index[: tokens.start], index, all_index[tokens.stop :]]),
+        )
     return all_weights.index_copy(0, tokens, weights), all_index.index_copy(0, tokens, index)
 
 
