@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from .conditions import SCALE
@@ -27,6 +28,7 @@ class AgdDataset(Dataset):
 
     Args:
         folder (`str` or `os.PathLike`): The folder. It may still be growing; what it holds now counts.
+        in_memory (`bool`, defaults to `False`): Read everything at once, for what is small: items come faster.
 
     Raises:
         ValueError: It holds no trajectories.
@@ -38,7 +40,7 @@ class AgdDataset(Dataset):
         ```
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, in_memory: bool = False):
         index = read_index(folder)
         if not index["shards"]:
             raise ValueError(f"`{folder}` holds no complete shard yet. Call `record_trajectories` again to go on.")
@@ -51,6 +53,7 @@ class AgdDataset(Dataset):
         for shard in index["shards"]:
             self._starts.append(self._starts[-1] + shard["trajectories"])
         self._open: dict[int, Any] = {}
+        self._loaded = [load_file(self.folder / file) for file in self._files] if in_memory else None
 
     def __len__(self) -> int:
         return self._starts[-1] * self.steps
@@ -61,24 +64,27 @@ class AgdDataset(Dataset):
         trajectory, step = divmod(item % len(self), self.steps)
         shard = bisect_right(self._starts, trajectory) - 1
         row = trajectory - self._starts[shard]
-        file = self._shard(shard)
+        tensors = self._shard(shard)
         found = {}
-        for key in file.keys():
+        for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             if kind == "inputs":
-                found[name] = file.get_slice(key)[row : row + 1, step : step + 1][0, 0]
+                found[name] = tensor[row : row + 1, step : step + 1][0, 0]
             elif kind == "conditions":
-                found[name] = file.get_slice(key)[row : row + 1][0]
+                found[name] = tensor[row : row + 1][0]
             elif kind == "scales":
-                found[SCALE] = file.get_slice(key)[row : row + 1][0]
+                found[SCALE] = tensor[row : row + 1][0]
             elif kind in ("target", "conditional"):
-                value = file.get_slice(key)[row : row + 1, step : step + 1][0, 0]
+                value = tensor[row : row + 1, step : step + 1][0, 0]
                 found[TARGET if kind == "target" else CONDITIONAL] = value
         return found
 
-    def _shard(self, number: int) -> Any:
+    def _shard(self, number: int) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded[number]
         if number not in self._open:
-            self._open[number] = safe_open(self.folder / self._files[number], framework="pt")
+            file = safe_open(self.folder / self._files[number], framework="pt")
+            self._open[number] = {key: file.get_slice(key) for key in file.keys()}
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
