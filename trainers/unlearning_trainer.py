@@ -1,7 +1,6 @@
 """Unlearning in Mixture-of-Experts models."""
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import speed_metrics
 
 from hf_moe.attribution import ExpertScores, pad_token_rows
 from hf_moe.views import moe_layers, unwrap_model
@@ -18,8 +16,8 @@ from hf_moe.views import moe_layers, unwrap_model
 from .unlearning_anchor import RouterAnchor
 from .unlearning_config import ExpertUnlearningConfig
 from .unlearning_data import PairCollator, PairedRows, TokenRows
+from .unlearning_evaluation import UnlearningEvaluationMixin, eval_mode
 from .unlearning_losses import LOSSES, UnlearningStep
-from .unlearning_metrics import balance_metrics, cross_entropy_of
 from .unlearning_steering import Steering, decoder_layers
 from .unlearning_targets import anchor_kind, choose_targets, freeze_routers, slice_adapter
 
@@ -27,7 +25,7 @@ from .unlearning_targets import anchor_kind, choose_targets, freeze_routers, sli
 __all__ = ["ExpertUnlearningTrainer"]
 
 
-class ExpertUnlearningTrainer(Trainer):
+class ExpertUnlearningTrainer(UnlearningEvaluationMixin, Trainer):
     r"""Makes a Mixture-of-Experts model forget a set of texts by training one expert and its router (SEUF, arXiv
     2411.18797).
 
@@ -135,7 +133,7 @@ class ExpertUnlearningTrainer(Trainer):
         self.steering: Steering | None = None
         self._reference_model: nn.Module | None = None
         self._forget_loss = forget_loss or LOSSES[args.forget_loss]
-        self._compute_utility = compute_utility
+        self.compute_utility = compute_utility
         self._start: dict[str, float] = {}
         self._parts: dict[str, tuple[Any, int]] = {}
         pad_token_id = getattr(processing_class, "pad_token_id", None) or 0
@@ -239,7 +237,7 @@ class ExpertUnlearningTrainer(Trainer):
             raise ValueError(f"`trainable={self.args.trainable!r}` keeps a reference only for the losses npo and rmu.")
         from hf_moe.adapters.expert_slice import bypass_slices
 
-        with torch.no_grad(), bypass_slices(self.model), _eval_mode(self.model):
+        with torch.no_grad(), bypass_slices(self.model), eval_mode(self.model):
             yield self.model
 
     def compute_loss(
@@ -288,81 +286,6 @@ class ExpertUnlearningTrainer(Trainer):
         """Of both batches."""
         return sum(super(ExpertUnlearningTrainer, self).floating_point_ops(batch) for batch in inputs.values())
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Cross-entropy on what was to be forgotten and on what was to be kept.
-
-        Args:
-            eval_dataset: Must be left out; the trainer was given the sets.
-            ignore_keys (`list[str]`, *optional*): Unused.
-            metric_key_prefix (`str`, defaults to `"eval"`): In front of every name.
-
-        Returns:
-            `dict[str, float]`: `eval_forget_loss` and `_perplexity`; `eval_retain_loss` and `_perplexity` (mean over
-            several sets, which follow by name); `eval_forgetting` (0 as at the start, 1 at `forget_loss_target`),
-            `eval_utility` (retain perplexity at the start over that now, at most 1) and `eval_balance`, the harmonic
-            mean of the two; what `compute_utility` returns.
-
-        Raises:
-            ValueError: `eval_dataset` was given.
-        """
-        if eval_dataset is not None:
-            raise ValueError(
-                "`eval_dataset` cannot be given: a forget set and a retain set are evaluated together. Pass "
-                "`eval_forget_dataset` and `eval_retain_dataset` to the trainer."
-            )
-        import time
-
-        self._memory_tracker.start()
-        began = time.time()
-        start = self.measure_start()
-        with _eval_mode(self.model):
-            now = self._cross_entropies(self.model)
-            extra = {} if self._compute_utility is None else dict(self._compute_utility(self.model))
-        metrics = {}
-        for name, value in now.items():
-            metrics[f"{name}_loss"] = value
-            metrics[f"{name}_perplexity"] = math.exp(min(value, 700.0))
-        metrics |= balance_metrics(
-            now["forget"], now.get("retain"), start["forget"], start.get("retain"), self._forgotten()
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**metrics, **extra}.items()}
-        samples = len(self.eval_forget) + sum(len(rows) for rows in self.eval_retain.values())
-        metrics.update(speed_metrics(metric_key_prefix, began, num_samples=samples))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._memory_tracker.stop_and_update_metrics(metrics)
-        return metrics
-
-    def measure_start(self) -> dict[str, float]:
-        """Cross-entropies at the start: of this model without its slices, or of this model before training.
-
-        Returns:
-            `dict[str, float]`: `forget`, and `retain` where there is such a set.
-        """
-        if not self._start:
-            if self.args.trainable == "expert":
-                with self.reference() as reference:
-                    self._start = self._cross_entropies(reference)
-            else:
-                with _eval_mode(self.model):
-                    self._start = self._cross_entropies(self.model)
-        return self._start
-
-    def _cross_entropies(self, model: nn.Module) -> dict[str, float]:
-        found = {"forget": cross_entropy_of(model, self.eval_forget, self)}
-        retained = {name: cross_entropy_of(model, rows, self) for name, rows in self.eval_retain.items()}
-        if retained:
-            found["retain"] = sum(retained.values()) / len(retained)
-        return found | {f"retain_{name}": value for name, value in retained.items() if name}
-
-    def _forgotten(self) -> float:
-        if self.args.forget_loss_target is not None:
-            return self.args.forget_loss_target
-        return math.log(unwrap_model(self.model).config.get_text_config().vocab_size)
-
     # -- checkpoints of whole models -----------------------------------------------------------------------------
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is not None or not self._load_whole(resume_from_checkpoint):
@@ -380,14 +303,3 @@ class ExpertUnlearningTrainer(Trainer):
         loaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(loaded.state_dict())
         return True
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
