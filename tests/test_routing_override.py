@@ -221,6 +221,7 @@ def test_padding_slots_are_skipped_where_the_experts_can_and_repeat_an_expert_el
         model = model_of("mixtral", implementation)
         with routing_override(model, [1], rows=[0]):
             _, received = received_by_experts(model, ids)
+            assert moe_layers(model)[0].experts._is_expert_parallel  # grouped_mm reads nothing uninitialised
         index, weights = received[0]
         assert torch.equal(weights[:5], torch.tensor([[1.0, 0.0]]).expand(5, 2))
         if implementation in ("grouped_mm", "hf_moe"):
