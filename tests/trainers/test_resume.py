@@ -65,11 +65,27 @@ def state_of(trainer):
     return state
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An uninterrupted run and the folder of one that stopped after four steps, made once per kind."""
+    made = {}
+
+    def get(kind, lora):
+        if (kind, lora) not in made:
+            folder = tmp_path_factory.mktemp("runs")
+            whole = run(kind, folder / "whole", lora)
+            run(kind, folder / "part", lora, callbacks=[Stop(4)])
+            made[kind, lora] = whole, folder / "part"
+        return made[kind, lora]
+
+    return get
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(("kind", "lora"), [("trainer", False), ("trainer", True), ("sft", True), ("dpo", False)])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(kind, lora, elsewhere, tmp_path):
-    whole = run(kind, tmp_path / "whole", lora)
-    run(kind, tmp_path / "part", lora, callbacks=[Stop(4)])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(kind, lora, elsewhere, runs, tmp_path):
+    whole, part = runs(kind, lora)
+    shutil.copytree(part, tmp_path / "part")
     resume = True
     if elsewhere:
         resume = str(tmp_path / "moved")
@@ -92,9 +108,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(kind, lora, elsewh
             assert wanted[name].float().sub(2.0 if "temperature" in name else 0.0).abs().max() > 0, name
 
 
-def test_the_state_of_the_routers_matters(tmp_path):
-    whole = run("trainer", tmp_path / "whole", False)
-    run("trainer", tmp_path / "part", False, callbacks=[Stop(4)])
+def test_the_state_of_the_routers_matters(runs, tmp_path):
+    whole, part = runs("trainer", False)
+    shutil.copytree(part, tmp_path / "part")
     (tmp_path / "part" / "checkpoint-4" / ROUTER_STATE_NAME).unlink()
     resumed = run("trainer", tmp_path / "part", False, resume=True)
     wanted, found = state_of(whole), state_of(resumed)
