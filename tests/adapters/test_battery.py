@@ -64,6 +64,7 @@ def test_saved_adapter_reloads_under_any_name(case, name, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    assert (tmp_path / "README.md").read_text().count("import hf_moe") == 1  # how to load it
     again = PeftModel.from_pretrained(case.model(), tmp_path, adapter_name=name, low_cpu_mem_usage=name == "other")
     assert torch.equal(case.output(again.eval()), case.output(model))
     assert not trainable(again)

@@ -1,15 +1,29 @@
 """The fields every adapter type has, with PEFT's names and meanings."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from hf_moe.files import write_text
 from hf_moe.registration import ensure_peft_type
 
 
 __all__ = ["MoeAdapterConfig"]
 
+LOADING = """## Loading
+
+This adapter is a `{config}` of the package hf-moe (`pip install hf-moe`). Import it first: without it PEFT and
+transformers end in `KeyError: 'HFMOE_...'`.
+
+```python
+import hf_moe
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this repository")
+```
+"""
 _SETS = ("target_modules", "exclude_modules")
 _BIAS = ("none",)
 
@@ -77,6 +91,19 @@ class MoeAdapterConfig(PeftConfig):
     def frozen_containers(self) -> tuple[str, ...]:
         """Names of the containers (without prefix) that do not train in the present stage."""
         return ()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and into the model card beside it (PEFT's, if there is one) what it takes to
+        load the adapter: nothing in the file itself can tell PEFT to import this package.
+
+        Args:
+            save_directory (`str`): The folder.
+            **kwargs: For PEFT.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file() and (text := card.read_text(encoding="utf-8")) and "import hf_moe" not in text:
+            write_text(card, f"{text.rstrip()}\n\n{LOADING.format(config=type(self).__name__)}")
 
     def require(self, name: str, condition: bool, allowed: str) -> None:
         """Raises the usual error for field `name` unless `condition` holds.
