@@ -6,7 +6,8 @@ not at all.
     python examples/agd.py --preset full --seeds 0 1 2 3 4 --output out
 
 The base (pictures of 14 x 14, ten classes, labels dropped one time in ten) and the classifier that judges the samples
-are trained once; trajectories, adapters and noise differ from seed to seed. Written are `results.json`, `results.md`,
+are trained once (a base in the output folder is used again); trajectories, adapters and noise differ from seed to seed.
+Written are `results.json`, `results.md`,
 `agd.png` and one adapter per seed. Data: see `fashion_mnist.py`.
 
 Paper: https://huggingface.co/papers/2503.07274
@@ -50,20 +51,20 @@ class Settings:
 
     width: int = 64
     layers: int = 4
-    base_steps: int = 1000
+    base_steps: int = 800
     batch_size: int = 64
     base_learning_rate: float = 2e-3
-    classifier_steps: int = 1200
+    classifier_steps: int = 1000
     sampling_steps: int = 20
     scale_range: tuple[float, float] = (1.0, 6.0)
-    trajectories: int = 256
+    trajectories: int = 160
     adapter_width: int = 12
-    adapter_steps: int = 300
+    adapter_steps: int = 250
     adapter_learning_rate: float = 3e-3
     scales: tuple[float, ...] = (2.0, 4.0)
-    samples: int = 400
-    rounds: int = 7
-    round_samples: int = 50
+    samples: int = 300
+    rounds: int = 5
+    round_samples: int = 40
 
 
 PRESETS = {
@@ -283,7 +284,8 @@ def summarise(runs: list[dict[str, Any]], facts: dict[str, float], settings: Set
                 ]
                 lines.append(
                     f"| {TITLES[method]} | {'-' if method == 'none' else f'{scale:g}'} "
-                    f"| {spread([row['frechet'] for row in rows], 2)} | {spread([row['accuracy'] for row in rows], 3)} "
+                    f"| {spread([row['frechet'] for row in rows], 2)} "
+                    f"| {spread([row['accuracy'] for row in rows], 3)} "
                     f"| {times[0]} | {times[1]} |"
                 )
     share = runs[0]["share"]
@@ -378,9 +380,12 @@ def main(
         f"classifier: accuracy {facts['real_accuracy']:.3f}, {time.process_time() - start:.0f} s of CPU time",
         flush=True,
     )
-    base = train_base(x, y, settings)
-    base.save_pretrained(args.output / "base")
-    print(f"base trained, {time.process_time() - start:.0f} s", flush=True)
+    if (args.output / "base").exists():
+        base = DiTTransformer2DModel.from_pretrained(args.output / "base").eval().requires_grad_(False)
+    else:
+        base = train_base(x, y, settings)
+        base.save_pretrained(args.output / "base")
+    print(f"base ready, {time.process_time() - start:.0f} s", flush=True)
     runs, grids = [], []
     for seed in args.seeds:
         run, grid = run_seed(base, judge, real, settings, seed, args.output)
