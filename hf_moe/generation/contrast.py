@@ -13,9 +13,8 @@ def contrast_logits(
 ) -> torch.Tensor:
     r"""Strong logits pushed away from the weak ones, where the strong stream finds a token plausible.
 
-    The paper (https://huggingface.co/papers/2405.14507, section 2.2, equations 3 and 4): `(1 + beta) z_s - beta z_w`
-    for the tokens with `z_s >= log(alpha) + max z_s`, minus infinity for the others. The cut is that of
-    `p_s >= alpha max p_s`.
+    The formula of self-contrast (https://huggingface.co/papers/2405.14507): `(1 + beta) z_s - beta z_w` for the tokens
+    with `z_s >= log(alpha) + max z_s`, minus infinity for the others. The cut is that of `p_s >= alpha max p_s`.
 
     Args:
         strong_logits (`torch.Tensor` of shape `(B, V)`): z_s.

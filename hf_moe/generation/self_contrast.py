@@ -33,7 +33,7 @@ class SelfContrast:
 
     Paper: https://huggingface.co/papers/2405.14507. Per token the model runs twice, with its own routing (strong) and
     with `weak` routing, each stream over its own cache, prompt included; see [`contrast_logits`] for how the two
-    become scores (equations 3 and 4). The paper reports gains where an answer is reasoned out in text (GSM8K,
+    become scores. The paper reports gains where an answer is reasoned out in text (GSM8K,
     StrategyQA, MBPP, HumanEval) and none where it is not (MMLU).
 
     Pass an instance as `custom_generate`. Greedy decoding and sampling, logits processors, stopping criteria,

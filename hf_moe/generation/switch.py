@@ -56,10 +56,11 @@ class WeakSwitch:
         self.selector: Selector = make_selector(
             list(layers), **{**selection, **routing.selection, "generator": generator}
         )
-        self._on = False
+        self._on = self._compiled = False
         self._stack = ExitStack()
 
     def __enter__(self) -> "WeakSwitch":
+        self._compiled = is_compiled(self.model)
         with ExitStack() as stack:
             for view in self.layers:
                 handle = view.router.register_forward_hook(self._hook(view), with_kwargs=True)
@@ -76,7 +77,7 @@ class WeakSwitch:
     def __call__(self) -> Iterator[None]:
         """The context in which the weak rows are weak."""
         with ExitStack() as stack:
-            if is_compiled(self.model):  # compiled code ignores hooks that came later
+            if self._compiled:  # compiled code ignores hooks that came later
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._on = True
             try:

@@ -18,7 +18,7 @@ WEAK_WEIGHTS = ("native", "renormalised")
 
 @dataclass(frozen=True)
 class WeakRouting:
-    """A weak activation of https://huggingface.co/papers/2405.14507, section 2.1.
+    """A weak activation of https://huggingface.co/papers/2405.14507.
 
     Args:
         kind (`str`): `"rank"`: one expert, the `number`-th best, counted from 1 as in the paper; `"top"`: the `number`

@@ -1,4 +1,4 @@
-"""The contrast of two streams' logits, paper 2405.14507 equations 3 and 4."""
+"""The contrast of two streams' logits, paper 2405.14507."""
 
 import math
 

@@ -159,3 +159,12 @@ def test_a_model_under_peft_decodes_with_its_adapter():
     expected = slow_self_contrast(wrapped, ids, 6, beta=0.9)
     for mode in MODES:
         assert torch.equal(generate(wrapped, ids, SelfContrast(beta=0.9, mode=mode)), expected)
+
+
+@pytest.mark.parametrize("mode", ["fused", pytest.param("separate", marks=pytest.mark.slow)])  # traces twice
+def test_a_compiled_model_decodes_as_the_model_does(mode):
+    model, ids = spread_model("mixtral", num_hidden_layers=2), prompt()
+    expected = generate(model, ids, SelfContrast(beta=0.9, mode=mode), steps=3)
+    model.compile(backend="eager")
+    assert torch.equal(generate(model, ids, SelfContrast(beta=0.9, mode=mode), steps=3), expected)
+    torch.compiler.reset()
