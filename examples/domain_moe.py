@@ -337,8 +337,13 @@ def train_moe(moe: Any, blocks: Any, settings: Settings, seed: int) -> dict:
 
 def measure(model: Any, tokenizer: Any, held_out: dict[str, Any], settings: Settings, name: str) -> dict:
     """Perplexity and expert load per held-out domain, accuracy per number of steps."""
-    found: dict[str, Any] = {"perplexity": perplexities(model, held_out, name), "accuracy": {}}
-    found["load"] = {domain: expert_load(model, blocks) for domain, blocks in held_out.items()}
+    from hf_moe.views import record_routing
+
+    found: dict[str, Any] = {"perplexity": {}, "load": {}, "accuracy": {}}
+    for domain, blocks in held_out.items():
+        with record_routing(model, offload=True) as recorder:
+            found["perplexity"] |= perplexities(model, {domain: blocks}, name)
+        found["load"][domain] = expert_load(recorder)
     for steps in (1, 2) if settings.problems else ():
         problems = word_problems(0, settings.problems // 2, "test", steps)
         texts = solve(model, tokenizer, problems)
@@ -354,15 +359,10 @@ def perplexities(model: Any, held_out: dict[str, Any], name: str) -> dict[str, f
     return {domain: held_out_perplexity(model, blocks, f"{name}, {domain}") for domain, blocks in held_out.items()}
 
 
-def expert_load(model: Any, blocks: Any) -> list[list[float]]:
+def expert_load(recorder: Any) -> list[list[float]]:
     """Share of the assignments per expert (column) and MoE layer (row)."""
     import torch
 
-    from hf_moe.views import record_routing
-
-    with torch.no_grad(), record_routing(model) as recorder:
-        for batch in blocks.split(4):
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
     loads = []
     for layer in recorder.layers:
         counts = torch.bincount(torch.cat(layer.top_k_index).flatten().cpu(), minlength=layer.view.num_experts)
@@ -372,8 +372,9 @@ def expert_load(model: Any, blocks: Any) -> list[list[float]]:
 
 def load_shift(one: list[list[float]], other: list[list[float]]) -> float:
     """Share of the assignments that move to another expert between two loads; mean over layers, 0 to 1."""
-    rows = [sum(abs(a - b) for a, b in zip(*pair, strict=True)) / 2 for pair in zip(one, other, strict=True)]
-    return statistics.mean(rows)
+    from hf_moe.reporting.groups import total_variation
+
+    return statistics.mean(total_variation(*rows) for rows in zip(one, other, strict=True))
 
 
 def load_or_train(
