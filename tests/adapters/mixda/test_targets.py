@@ -134,3 +134,32 @@ def test_a_mean_needs_positions_and_a_mask_of_their_shape():
     model = get_peft_model(tiny("opt"), MixdaConfig(gate_pooling="last", domain_layers=[0])).eval()
     with pytest.raises(ValueError, match="batch and sequence"):  # OPT hands all positions on as rows
         model(input_ids=IDS)
+
+
+_SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_SIZES |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    "kind, path, fields",
+    [
+        ("electra", "encoder.layer.{}.output.dense", {"embedding_size": 32}),
+        ("deberta-v2", "encoder.layer.{}.output.dense", {}),
+        ("distilbert", "transformer.layer.{}.ffn.lin2", {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}),
+        ("modernbert", "layers.{}.mlp.Wo", {"cls_token_id": 1, "sep_token_id": 2}),
+        ("vit", "layers.{}.mlp.fc2", {"image_size": 16, "patch_size": 8}),
+        ("gpt_neox", "layers.{}.mlp.dense_4h_to_h", {}),
+        ("phi", "layers.{}.mlp.fc2", {}),
+        ("qwen3", "layers.{}.mlp.down_proj", {"head_dim": 8}),
+        ("gemma", "layers.{}.mlp.down_proj", {"head_dim": 8}),
+    ],
+)
+def test_other_architectures_have_their_names(kind, path, fields):
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        base = AutoModel.from_config(AutoConfig.for_model(kind, **(_SIZES | fields)))
+    model = get_peft_model(base, MixdaConfig(domain_layers=[0, 1]))
+    found = adapted_paths(model)
+    assert set(found) == {path.format(layer) for layer in (0, 1)}
+    assert {(layer.in_features, layer.out_features) for layer in found.values()} == {(48, 32)}
