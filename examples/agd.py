@@ -1,14 +1,12 @@
 """Guidance in one pass: a small diffusion transformer trained on Fashion-MNIST, its guidance distilled into adapters
-(AGD), and three ways to sample from it: guided by two predictions per step, by the adapters with one, and
-not at all.
+(AGD), and three ways to sample from it: guided by two predictions per step, by the adapters with one, and not at all.
 
-    python examples/agd.py --data /usr/share/datasets/fashion-mnist      # three seeds, about ten minutes on one core
+    python examples/agd.py --data /usr/share/datasets/fashion-mnist      # three seeds, about six minutes on one core
     python examples/agd.py --preset full --seeds 0 1 2 3 4 --output out
 
 The base (pictures of 14 x 14, ten classes, labels dropped one time in ten) and the classifier that judges the samples
-are trained once (a base in the output folder is used again); trajectories, adapters and noise differ from seed to seed.
-Written are `results.json`, `results.md`,
-`agd.png` and one adapter per seed. Data: see `fashion_mnist.py`.
+are trained once, and a base in the output folder is used again; trajectories, adapters and noise differ from seed to
+seed. Written are `results.json`, `results.md`, `agd.png` and one adapter per seed. Data: see `fashion_mnist.py`.
 
 Paper: https://huggingface.co/papers/2503.07274
 """

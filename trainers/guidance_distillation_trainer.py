@@ -36,7 +36,7 @@ class GuidanceDistillationTrainer(Trainer):
 
     Raises:
         ValueError: The model has no AGD adapter, or `"weighted_l2"` lacks the conditional predictions.
-        TypeError: The model is not a PEFT model although it has adapters.
+        TypeError: The model is not a PEFT model although it has adapters, or `args` is of another class.
 
     Paper: https://huggingface.co/papers/2503.07274
 
@@ -61,6 +61,8 @@ class GuidanceDistillationTrainer(Trainer):
 
     def __init__(self, model: Any, args: Any = None, *, peft_config: AgdConfig | None = None, **kwargs: Any):
         args = GuidanceDistillationConfig("guidance_distillation") if args is None else args
+        if not isinstance(args, GuidanceDistillationConfig):
+            raise TypeError(f"`args` must be a GuidanceDistillationConfig, got {type(args).__name__}.")
         dataset = kwargs.get("train_dataset")
         if args.loss_type == "weighted_l2" and getattr(dataset, "has_conditional", True) is False:
             raise ValueError(

@@ -5,6 +5,7 @@ import torch
 from common.tiny_denoisers import PlainDenoiser, latents, tiny_dit
 from diffusers import DDIMScheduler
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from transformers import TrainingArguments
 
 from hf_moe import AgdConfig
 from hf_moe.adapters.agd import AgdDataset, DenoisingLoop, agd_guidance, record_trajectories
@@ -171,6 +172,8 @@ def test_wrong_models_and_datasets_are_refused(tmp_path):
     model = inject_adapter_in_model(AgdConfig(hidden_size=8), tiny_dit())
     with pytest.raises(TypeError, match="no PEFT model"):
         GuidanceDistillationTrainer(model, arguments(tmp_path), train_dataset=dataset)
+    with pytest.raises(TypeError, match="`args` must be a GuidanceDistillationConfig"):
+        GuidanceDistillationTrainer(PlainDenoiser(), TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="store_conditional"):
         GuidanceDistillationTrainer(
             PlainDenoiser(),

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
@@ -45,7 +45,7 @@ def save_agd(pipe: Any, folder: str | os.PathLike, adapter_name: str = "default"
         load_agd(other_pipe, "agd-dit")
         ```
     """
-    model = denoiser_of(pipe)
+    model = _network(pipe)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, AgdConfig):
         raise ValueError(f"`adapter_name` {adapter_name!r} is not an AGD adapter of {type(model).__name__}.")
@@ -80,7 +80,7 @@ def load_agd(pipe: Any, folder: str | os.PathLike, adapter_name: str = "default"
 
     Note: Save a LoRA before loading an AGD adapter: inside adapted blocks its keys change.
     """
-    model, folder = denoiser_of(pipe), Path(folder)
+    model, folder = _network(pipe), Path(folder)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).exists():
             raise ValueError(f"`{folder}` holds no adapter: {file} is missing.")
@@ -134,11 +134,16 @@ def unload_agd(pipe: Any, adapter_name: str = "default") -> Any:
     Raises:
         ValueError: There is no such adapter.
     """
-    model = denoiser_of(pipe)
+    model = _network(pipe)
     if not isinstance(getattr(model, "peft_config", {}).get(adapter_name), AgdConfig):
         raise ValueError(f"`adapter_name` {adapter_name!r} is not an AGD adapter of {type(model).__name__}.")
     _remove(model, adapter_name)
     return model
+
+
+def _network(pipe: Any) -> Any:
+    model = denoiser_of(pipe)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _active_adapters(model: Any) -> list[str]:

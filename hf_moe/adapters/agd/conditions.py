@@ -48,6 +48,9 @@ class Conditions:
         """The hook: remembers what this call was given."""
         self.call = (args, kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"call": ((), {})}  # copies of a model hold no batch
+
     def scale(self, device: torch.device) -> torch.Tensor:
         """Guidance scales of this call, `(B,)` or `(1,)`, float32.
 

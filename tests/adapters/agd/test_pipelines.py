@@ -1,5 +1,6 @@
 """AGD inside diffusers: pipelines of tiny networks, files, LoRA beside it, attention processors, checkpointing."""
 
+import copy
 import json
 
 import pytest
@@ -29,6 +30,7 @@ from hf_moe.adapters.agd import (
     set_guidance,
     unload_agd,
 )
+from hf_moe.adapters.agd.conditions import conditions_of
 from hf_moe.adapters.core import runtime_of
 
 
@@ -285,6 +287,30 @@ def test_lora_loaded_first_keeps_working(tmp_path):
     unload_agd(unet, "agd")
     with torch.no_grad():
         assert torch.equal(unet(latents(), T, latents(3, (5, 12))).sample, styled)
+
+
+def test_a_peft_model_takes_a_saved_adapter_inside(tmp_path):
+    save_agd(add(tiny_unet()), tmp_path / "agd", "agd")
+    torch.manual_seed(5)
+    lora = get_peft_model(tiny_unet(), LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        before = lora(latents(), T, latents(3, (5, 12))).sample
+    load_agd(lora, tmp_path / "agd", "agd")
+    assert not torch.allclose(predict(lora), before)
+    save_agd(lora, tmp_path / "again", "agd")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("agd", "again"))
+    assert all(torch.equal(again[key], value) for key, value in first.items()) and len(first) == len(again)
+    unload_agd(lora, "agd")
+    with torch.no_grad():
+        assert torch.equal(lora(latents(), T, latents(3, (5, 12))).sample, before)
+
+
+def test_a_copy_of_a_used_model_holds_no_batch():
+    model = get_peft_model(tiny_dit(), AgdConfig(hidden_size=8, init_weights=False)).eval()
+    x = (2.0 * latents().requires_grad_()).clone()  # no leaf: tensors that cannot be copied
+    model(x, T, torch.tensor([0, 1, 4]), agd_scale=2.0)
+    assert conditions_of(model).call[0][0] is x
+    assert conditions_of(copy.deepcopy(model)).call == ((), {})
 
 
 def test_attention_processors_are_found_once():
