@@ -217,3 +217,21 @@ def test_the_helper_knows_peft_models(model):
     wrapped = get_peft_model(spread_model("mixtral"), LoraConfig(r=2, target_modules=["q_proj"]))
     output = scmoe_generate(wrapped, input_ids=prompt(), beta=0.9, max_new_tokens=6, do_sample=False)
     assert torch.equal(output, generate(model, prompt()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_passes_for_other_processes_add_nothing(model, mode, monkeypatch):
+    expected = generate(model, prompt(2), mode)
+    seen = []
+
+    def others_go_on(finished, synced_gpus, device):
+        seen.append((finished, synced_gpus))
+        return seen.count((True, True)) < 3
+
+    monkeypatch.setattr(model, "_has_unfinished_sequences", others_go_on, raising=False)
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    output = scmoe_generate(model, prompt(2), mode=mode, beta=0.9, synced_gpus=True, max_new_tokens=6, do_sample=False)
+    handle.remove()
+    assert torch.equal(output, expected)
+    assert len(forwards) == (6 + 2) * (2 if mode == "separate" else 1)
