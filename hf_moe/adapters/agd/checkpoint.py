@@ -99,6 +99,7 @@ def load_agd(pipe: Any, folder: str | os.PathLike, adapter_name: str = "default"
             "does not have. It was made for another architecture."
         )
     active = _active_adapters(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = dict(getattr(model, "peft_config", {}))
     if hasattr(model, "peft_config"):
         del model.peft_config  # else PEFT warns of what is meant here: several adapters
@@ -111,13 +112,12 @@ def load_agd(pipe: Any, folder: str | os.PathLike, adapter_name: str = "default"
     except (ValueError, RuntimeError) as error:
         model.peft_config = others | getattr(model, "peft_config", {})
         _remove(model, adapter_name)
+        _activate(model, active, trained)
         raise ValueError(f"The adapter in `{folder}` does not fit {type(model).__name__}: {error}") from error
     model.peft_config = others | model.peft_config
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_adapter([*active, adapter_name], inference_mode=True)
+    _activate(model, [*active, adapter_name], trained)
     return model
 
 
@@ -151,6 +151,16 @@ def _active_adapters(model: Any) -> list[str]:
     return list(
         dict.fromkeys(name for layer in layers for name in layer.active_adapters if layer._get_available_adapters())
     )
+
+
+def _activate(model: Any, names: list[str], trained: list[Any]) -> None:
+    """These adapters are active, and these parameters train (a LoRA, perhaps)."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(names, inference_mode=True)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def _remove(model: Any, adapter_name: str) -> None:

@@ -111,7 +111,7 @@ class Conditions:
         """
         found = {}
         for name, path in cell.sources.items():
-            size = cell.project[name].in_features
+            size: Any = cell.project[name].in_features
             value = self.runtime.kept_output(_PREFIX + path) if path is not None else self._given(name, size)
             value = value.detach().to(x.device)
             if len(value) not in (1, len(x)) or value.shape[-1] != size:

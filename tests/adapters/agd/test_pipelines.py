@@ -252,6 +252,7 @@ def test_files_that_do_not_fit_leave_the_network_alone(tmp_path):
             load_agd(other, tmp_path / "agd")
         assert [type(module) for module in other.modules()] == kinds
         assert not other._forward_pre_hooks and not hasattr(other, "peft_config")
+        assert all(parameter.requires_grad for parameter in other.parameters() if parameter.is_floating_point())
     get_peft_model(tiny_unet(), LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="LORA, not AGD"):
         load_agd(tiny_unet(), tmp_path / "lora")
@@ -268,8 +269,11 @@ def test_lora_loaded_first_keeps_working(tmp_path):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
     with torch.no_grad():
         styled = unet(latents(), T, latents(3, (5, 12))).sample
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     load_agd(unet, tmp_path / "agd", "agd")
     assert set(unet.peft_config) == {"style", "agd"}
+    now = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert trained and len(now) == len(trained) and all(a is b for a, b in zip(now, trained, strict=True))
     both = predict(unet)
     assert not torch.allclose(both, styled)
     # by hand: LoRA merged into the base, then AGD
