@@ -346,6 +346,7 @@ def draw(
     ratios = [statistics.mean([run["time"]["wall_ratio"][method] for run in runs]) for method in METHODS]
     bars = measures[2].bar(["CFG", "AGD", "no guidance"], ratios, color=[colours[method] for method in METHODS])
     measures[2].bar_label(bars, fmt="%.2f", fontsize=8)
+    measures[2].set_ylim(0, 1.15 * max(ratios))
     measures[2].set_title("sampling time / CFG (wall)", fontsize=9)
     figure.savefig(path, dpi=120)
 
