@@ -10,6 +10,7 @@ _EXPORTS = {
     ".capacity": ["apply_capacity", "pack_slots"],
     ".discovery": ["find_balancers", "find_routers"],
     ".gating_residual": ["GatingResidualRouter", "MoePlusPlusReleaseRouter"],
+    ".hashing": ["HashRouter", "balanced_hash_table", "random_hash_table"],
     ".layer_routing": ["LayerRouting"],
     ".load_balancer": ["BalanceLosses", "LoadBalancer"],
     ".loss_scale": ["balance_loss_scale"],

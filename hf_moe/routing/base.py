@@ -43,6 +43,8 @@ class BaseRouter(nn.Module):
     carries_state: bool = False
     #: True where a token's route depends on other tokens of the batch, later ones included.
     non_causal: bool = False
+    #: True where the router reads `RoutingContext.input_ids`, and so refuses `inputs_embeds`.
+    needs_input_ids: bool = False
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
     __package__,
     {
         "gating_residual": "gating_residual",
+        "hash": "hashing",
         "moepp_release": "gating_residual",
         "sigmoid_topk": "topk",
         "softmax_topk": "topk",

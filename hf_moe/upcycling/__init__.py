@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Exactness": ".exactness",
         "ExpertBuilder": ".builders.base",
         "FromModels": ".builders.from_models",
+        "Hash": ".router_init.hashing",
         "ImportanceShared": ".builders.importance_shared",
         "KMeans": ".router_init.kmeans",
         "Masks": ".builders.masks",

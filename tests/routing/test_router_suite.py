@@ -11,6 +11,7 @@ import torch
 
 from hf_moe.models.llama import MoeLlamaConfig
 from hf_moe.routing import BaseRouter, RouterOutput, RoutingContext, build_router, list_routers
+from hf_moe.routing.hashing import random_hash_table
 from hf_moe.routing.registry import router_class
 
 
@@ -50,11 +51,18 @@ OPTIONS: dict[str, list[tuple[str, dict, dict]]] = {
         ("capacity", {}, {"expert_capacity_factor": 0.75, "router_tau": 0.75}),
     ],
 }
+OPTIONS["hash"] = [
+    ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
+    ("capacity", {}, {"expert_capacity_factor": 0.75}),
+    ("top_1", {}, {"num_experts_per_tok": 1}),
+]
 # These routers tell zero-computation experts from others, so they get some among their N.
 MIXED = {"num_experts": N - 4, "num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
 FIELDS = {"gating_residual": MIXED, "moepp_release": MIXED}
 # From this index on, a chosen expert may have weight 0: the zero expert of the released MoE++ routing.
 SILENT = {"moepp_release": N - 1}
+# Nothing in these routers is learned, nor do they look at hidden states.
+CONSTANT = {"hash"}
 
 
 def cases():
@@ -80,6 +88,8 @@ def make_router(case, seed=0) -> BaseRouter:
         bias = getattr(router, "e_score_correction_bias", None)
         if bias is not None:
             bias.copy_(torch.randn(bias.shape, generator=generator))
+        if hasattr(router, "table"):
+            router.set_table(random_hash_table(len(router.table), N, router.top_k, generator))
     return router.eval()
 
 
@@ -247,6 +257,10 @@ def test_three_dimensional_and_non_contiguous_inputs_are_read_alike(case, traini
 def test_no_context_means_no_padding(case):
     router = make_router(case)
     hidden_states, _ = make_inputs()
+    if router.needs_input_ids:
+        with pytest.raises(ValueError, match="Call it with `input_ids`"):
+            run(router, hidden_states, None)
+        return
     explicit = run(router, hidden_states, RoutingContext(token_mask=torch.ones(T, dtype=torch.bool)))
     assert_same(run(router, hidden_states, None), explicit)
 
@@ -284,6 +298,9 @@ def gradients(router, out, hidden_states, weight_seed=5):
     """Of the output weights (as a matrix, so that slot order does not matter), for input and parameters."""
     coefficients = torch.randn(hidden_states.shape[0], N, generator=torch.Generator().manual_seed(weight_seed))
     inputs = [hidden_states, *router.parameters()]
+    assert out.top_k_weights.requires_grad == (router.router_type not in CONSTANT)
+    if not out.top_k_weights.requires_grad:
+        return ()
     return torch.autograd.grad((dense(out) * coefficients).sum(), inputs, allow_unused=True)
 
 
@@ -298,7 +315,7 @@ def test_gradients_are_finite_and_reach_every_parameter(case, training):
     for gradient in found:
         assert gradient is not None and gradient.isfinite().all()
     # One renormalised weight of one expert is constant; everywhere else something must flow.
-    if router.top_k > 1 or not router.norm_topk_prob:
+    if found and (router.top_k > 1 or not router.norm_topk_prob):
         assert all(gradient.any() for gradient in found)
         assert not found[0][~context.token_mask].any()
 
@@ -313,6 +330,9 @@ def test_logits_have_a_gradient_for_the_losses(case, training):
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(T))
     assert probabilities.shape == (T, N) and (probabilities >= 0).all()
     coefficients = torch.randn(T, N, generator=torch.Generator().manual_seed(5))
+    if case[0] in CONSTANT:
+        assert not probabilities.requires_grad
+        return
     for gradient in torch.autograd.grad((probabilities * coefficients).sum(), list(router.parameters())):
         assert gradient.isfinite().all() and gradient.any()
 
@@ -406,7 +426,7 @@ def test_initial_values_are_finite_and_used_again_on_reset(case):
     router = build_router(make_config(router_type, options, **fields), layer_idx=1)
     with torch.no_grad():
         for tensor in (*router.parameters(), *router.buffers()):
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
     router.reset_parameters()
     for name, tensor in (*router.named_parameters(), *router.named_buffers()):
         assert tensor.isfinite().all(), name

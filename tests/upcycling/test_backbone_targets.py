@@ -6,7 +6,7 @@ from common.upcycling_toys import ids, logit_gap, tiny_dense
 from transformers import AutoModelForCausalLM
 
 from hf_moe import upcycle
-from hf_moe.upcycling import Drop, MoePlusPlusTarget, Normal, Split, VirtualGroups, WeightRule, Zeros
+from hf_moe.upcycling import Drop, Hash, MoePlusPlusTarget, Normal, Split, VirtualGroups, WeightRule, Zeros
 
 
 BACKBONES = {"llama": "moe_llama", "qwen2": "moe_qwen2", "qwen3": "moe_qwen3", "gpt2": "moe_gpt2"}
@@ -20,6 +20,7 @@ RECIPES = {
     "one_layer": dict(layers=[1]),
     "all_active_softmax": dict(top_k=4, weights="softmax"),
     "split": dict(top_k=4, experts=Split(), router=Zeros()),
+    "hash": dict(router=Hash()),
 }
 
 

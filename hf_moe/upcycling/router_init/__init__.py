@@ -6,6 +6,7 @@ from hf_moe.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "Hash": ".hashing",
         "KMeans": ".kmeans",
         "Normal": ".random",
         "Prompts": ".prompts",
