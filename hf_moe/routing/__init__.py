@@ -4,6 +4,7 @@ from hf_moe.lazy import lazy_exports
 
 
 _EXPORTS = {
+    ".activation": ["ActivationRouter"],
     ".balance": ["expert_frequency", "load_balance_loss", "router_z_loss"],
     ".base": ["BaseRouter", "LinearRouter"],
     ".callbacks": ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"],

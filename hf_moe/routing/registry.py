@@ -20,6 +20,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
     "router",
     __package__,
     {
+        "activation": "activation",
         "gating_residual": "gating_residual",
         "hash": "hashing",
         "moepp_release": "gating_residual",

@@ -51,6 +51,12 @@ OPTIONS: dict[str, list[tuple[str, dict, dict]]] = {
         ("capacity", {}, {"expert_capacity_factor": 0.75, "router_tau": 0.75}),
     ],
 }
+OPTIONS["activation"] = [
+    ("gelu", {"activation": "gelu", "temperature": 0.5}, {}),
+    ("sigmoid_fixed", {"activation": "sigmoid", "learn_temperature": False, "noise": "gaussian"}, {}),
+    ("linear", {"activation": "linear", "selection_bias": True}, {"expert_capacity_factor": 0.75}),
+    ("everyone", {"temperature": 1.0}, {"num_experts_per_tok": N}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
