@@ -55,12 +55,12 @@ class Settings:
     """How long and with what each method trains. Rates: of the whole model, and of one expert; the best on the first
     seed is used for the others."""
 
-    steps: int = 12
-    evaluate_every: int = 3
-    batch_size: int = 4
+    steps: int = 6
+    evaluate_every: int = 2
+    batch_size: int = 3
     length: int = 64
     blocks: int = 64  # for training, per domain
-    held_out_blocks: int = 6  # of the forgotten domain; a third as many of each other
+    held_out_blocks: int = 4  # of the forgotten domain; a fourth as many of each other
     attribution_tokens: int = 2048
     rates_whole: tuple[float, ...] = (5e-5,)
     rates_expert: tuple[float, ...] = (2e-3,)
@@ -87,8 +87,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--forget", default="licences", help="domain to forget")
+    parser.add_argument("--forget", default="arithmetic", help="domain to forget")
     parser.add_argument("--models", type=Path, default=Path("domain-moe"), help="folder of the models")
+    parser.add_argument("--model-seed", type=int, help="one model for all seeds, instead of one for each")
     parser.add_argument("--model-preset", choices=MODEL_PRESETS, default="short")
     parser.add_argument("--rates-whole", type=float, nargs="+", help="instead of those of the preset")
     parser.add_argument("--rates-expert", type=float, nargs="+", help="instead of those of the preset")
@@ -109,7 +110,7 @@ def rows_of(texts: dict[str, tuple[list[str], list[str]]], tokenizer: Any, forge
     generator = torch.Generator().manual_seed(seed)
     train, held_out = {}, {}
     for name, (train_texts, held_out_texts) in texts.items():
-        share = settings.held_out_blocks if name == forget else max(1, settings.held_out_blocks // 3)
+        share = settings.held_out_blocks if name == forget else max(1, settings.held_out_blocks // 4)
         corpus = Corpus(name, tuple(train_texts[:400]), tuple(held_out_texts))
         blocks, kept = tokenize(corpus, tokenizer, settings.length, share * settings.length)
         train[name] = as_rows(blocks[torch.randperm(len(blocks), generator=generator)[: settings.blocks]])
@@ -120,6 +121,8 @@ def rows_of(texts: dict[str, tuple[list[str], list[str]]], tokenizer: Any, forge
 
 def unlearn(model: Any, method: str, rate: float, data: tuple, settings: Settings, seed: int, scores: Any) -> dict:
     """One run; what it measured after every few steps, the best balance among them, and what it cost."""
+    import torch
+
     from hf_moe.trainers import ExpertUnlearningConfig, ExpertUnlearningTrainer
 
     forget, retain, eval_forget, eval_retain = data
@@ -140,6 +143,8 @@ def unlearn(model: Any, method: str, rate: float, data: tuple, settings: Setting
             logging_steps=settings.evaluate_every,
             report_to=[],
             seed=seed,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=torch.cuda.is_available() or torch.backends.mkldnn.is_available(),
             dataloader_pin_memory=False,
             **options,
         )
@@ -186,17 +191,20 @@ def run(
     model_settings: Any = None,
 ) -> list[dict]:
     """All runs, each kept in a file of its own as soon as it is done."""
-    from hf_moe import attribute_experts
+    from hf_moe import ExpertScores, attribute_experts
 
     rows = []
     best_rate: dict[str, float] = {}
     for seed in args.seeds:
         common = {"source": source, "texts": texts, "settings": model_settings}
-        loaded = load_or_train(args.models, args.model_preset, seed, **common)
+        model_seed = seed if args.model_seed is None else args.model_seed
+        loaded = load_or_train(args.models, args.model_preset, model_seed, **common)
         tokenizer = loaded[1]
-        data = rows_of(texts or domains(seed), tokenizer, args.forget, settings, seed)
-        scores = attribute_experts(loaded[0], data[0], settings.attribution_tokens)
-        scores.to_json(args.output / f"scores-seed{seed}.json")
+        data = rows_of(texts or domains(model_seed), tokenizer, args.forget, settings, seed)
+        path = args.output / f"scores-{args.forget}-seed{seed}.json"
+        if not path.exists():
+            attribute_experts(loaded[0], data[0], settings.attribution_tokens).to_json(path)
+        scores = ExpertScores.from_json(path)
         for method in args.methods:
             is_whole = METHODS[method].get("trainable", "expert") != "expert"
             rates = settings.rates_whole if is_whole else settings.rates_expert
@@ -210,7 +218,7 @@ def run(
                     / f"{args.forget}-{method.replace(', ', '-').replace(' ', '-')}-{seed}-{rate:g}.json"
                 )
                 if not path.exists():
-                    model, _, _ = load_or_train(args.models, args.model_preset, seed, **common)
+                    model, _, _ = load_or_train(args.models, args.model_preset, model_seed, **common)
                     result = unlearn(model, method, rate, data, settings, seed, scores)
                     write_text(path, json.dumps(result, indent=1))
                 tried.append(json.loads(path.read_text(encoding="utf-8")))
