@@ -9,6 +9,7 @@ _EXPORTS = {
     ".base": ["BaseRouter", "LinearRouter"],
     ".callbacks": ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"],
     ".capacity": ["apply_capacity", "pack_slots"],
+    ".dense_to_sparse": ["DenseToSparseRouter"],
     ".discovery": ["find_balancers", "find_routers"],
     ".gating_residual": ["GatingResidualRouter", "MoePlusPlusReleaseRouter"],
     ".hashing": ["HashRouter", "balanced_hash_table", "random_hash_table"],
@@ -31,6 +32,7 @@ _EXPORTS = {
     ".statistics": ["RouterStats", "RoutingSummary"],
     ".steps": ["BalanceSteps"],
     ".topk": ["SigmoidTopKRouter", "SoftmaxTopKRouter"],
+    ".variable": ["VariableRouter"],
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(

@@ -87,6 +87,11 @@ class BaseRouter(nn.Module):
             )
         parse_schedules(options.get("schedules") or {})
 
+    @property
+    def num_slots(self) -> int:
+        """Columns of `top_k_index` and `top_k_weights`."""
+        return self.top_k
+
     # -- steps ---------------------------------------------------------------------------------------------------
     def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Raw scores of every expert, float32.
@@ -161,8 +166,7 @@ class BaseRouter(nn.Module):
             weights = weights.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, self.num_experts)
         if self.capacity_factor is not None and self.training:
-            tokens = index.shape[0] if token_mask is None else token_mask.sum()
-            capacity = self.capacity(self.top_k * tokens)
+            capacity = self.capacity((index < self.num_experts).sum())  # K x tokens, where K is fixed
             return apply_capacity(index, weights, capacity, self.capacity_policy)
         if self.choice_differs_from_scores:
             return pack_slots(index, weights, index < self.num_experts, self.num_experts)

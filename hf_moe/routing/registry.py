@@ -21,6 +21,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
     __package__,
     {
         "activation": "activation",
+        "dense_to_sparse": "dense_to_sparse",
         "gating_residual": "gating_residual",
         "hash": "hashing",
         "moepp_release": "gating_residual",

@@ -57,6 +57,11 @@ OPTIONS["activation"] = [
     ("linear", {"activation": "linear", "selection_bias": True}, {"expert_capacity_factor": 0.75}),
     ("everyone", {"temperature": 1.0}, {"num_experts_per_tok": N}),
 ]
+OPTIONS["dense_to_sparse"] = [
+    ("gumbel_weights", {"weight_from": "gumbel", "threshold": 0.05, "norm_topk_prob": True}, {}),
+    ("batch", {"selection": "batch", "temperature": 0.5, "threshold": 0.05}, {}),
+    ("capped", {"max_experts": 3}, {"expert_capacity_factor": 0.75, "num_experts_per_tok": 1}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
@@ -69,6 +74,8 @@ FIELDS = {"gating_residual": MIXED, "moepp_release": MIXED}
 SILENT = {"moepp_release": N - 1}
 # Nothing in these routers is learned, nor do they look at hidden states.
 CONSTANT = {"hash"}
+# They draw random numbers in training without being told to.
+NOISY = {"dense_to_sparse"}
 
 
 def cases():
@@ -163,8 +170,8 @@ def test_output_has_the_shapes_and_dtypes_of_the_contract(case, training, dtype)
         out = run(router, hidden_states, context)
         assert isinstance(out, RouterOutput)
         assert out.router_logits.shape == (tokens, N) and out.router_logits.dtype == torch.float32
-        assert out.top_k_weights.shape == (tokens, router.top_k) and out.top_k_weights.dtype == dtype
-        assert out.top_k_index.shape == (tokens, router.top_k) and out.top_k_index.dtype == torch.int64
+        assert out.top_k_weights.shape == (tokens, router.num_slots) and out.top_k_weights.dtype == dtype
+        assert out.top_k_index.shape == (tokens, router.num_slots) and out.top_k_index.dtype == torch.int64
         assert out.router_logits.isfinite().all() and out.top_k_weights.isfinite().all()
         assert (out.state is not None) == router.carries_state
         assert out.state is None or out.state.shape[0] == tokens
@@ -214,7 +221,7 @@ def test_what_stands_in_padding_changes_nothing_for_real_tokens(case, training):
 @every_router
 @both_modes
 def test_removing_the_padding_changes_nothing_for_real_tokens(case, training):
-    if training and (case[1].get("noise") or case[1].get("capacity_policy") == "random"):
+    if training and (case[0] in NOISY or case[1].get("noise") or case[1].get("capacity_policy") == "random"):
         pytest.skip("draws random numbers for padding tokens too")
     router = make_router(case).train(training)
     hidden_states, context = make_inputs()
@@ -249,7 +256,7 @@ def test_a_token_is_routed_alike_alone_and_in_a_batch(case):
 def test_three_dimensional_and_non_contiguous_inputs_are_read_alike(case, training):
     router = make_router(case).train(training)
     hidden_states, context = make_inputs()
-    if training and case[1].get("noise"):
+    if training and (case[0] in NOISY or case[1].get("noise")):
         pytest.skip("random numbers are drawn in the order of memory")
     expected = run(router, hidden_states, context)
     assert_same(run(router, hidden_states.view(2, T // 2, D), context), expected, **EXACT)
