@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .bibliography import Paper
-from .type_cards import read_card
+from .type_cards import Card, read_card
 
 
 __all__ = ["MethodCard", "list_method_cards", "method_card"]
@@ -12,23 +11,15 @@ __all__ = ["MethodCard", "list_method_cards", "method_card"]
 FOLDER = Path(__file__).parent / "methods"
 
 
-@dataclass(frozen=True)
-class MethodCard:
-    """What a card file says.
+@dataclass(frozen=True, kw_only=True)
+class MethodCard(Card):
+    """The card of a method: use, settings, what was measured.
 
     Args:
         name (`str`): The method, as its folder or module is called.
-        title (`str`): A reader's name for it.
-        summary (`str`): One sentence.
-        papers (`tuple[Paper, ...]`): Its own paper first.
-        body (`str`): Markdown below the metadata: use, settings, what was measured.
     """
 
     name: str
-    title: str
-    summary: str
-    papers: tuple[Paper, ...]
-    body: str
 
 
 def list_method_cards() -> list[str]:
@@ -64,5 +55,4 @@ def method_card(name: str) -> MethodCard:
     """
     if name not in list_method_cards():
         raise ValueError(f"`name={name!r}` has no card. Cards: {list_method_cards()}.")
-    fields, papers, body = read_card(FOLDER / f"{name}.md")
-    return MethodCard(fields["name"], fields["title"], fields["summary"], papers, body)
+    return MethodCard(**read_card(FOLDER / f"{name}.md"))

@@ -9,28 +9,37 @@ import yaml
 from .bibliography import Paper, find_papers
 
 
-__all__ = ["TypeCard", "list_type_cards", "read_card", "type_card"]
+__all__ = ["Card", "TypeCard", "list_type_cards", "read_card", "type_card"]
 
 FOLDER = Path(__file__).parent / "types"
 
 
-@dataclass(frozen=True)
-class TypeCard:
-    """What a card file says.
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What every card file says.
 
     Args:
-        model_type (`str`): The registered type; `"upcycled_<type>"` for those made on demand.
-        title (`str`): A reader's name for it.
+        title (`str`): A reader's name for the thing.
         summary (`str`): One sentence.
-        papers (`tuple[Paper, ...]`): The type's own paper first.
+        papers (`tuple[Paper, ...]`): Its own paper first.
         body (`str`): Markdown below the metadata.
     """
 
-    model_type: str
     title: str
     summary: str
     papers: tuple[Paper, ...]
     body: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypeCard(Card):
+    """The card of a registered model type.
+
+    Args:
+        model_type (`str`): The registered type; `"upcycled_<type>"` for those made on demand.
+    """
+
+    model_type: str
 
 
 def list_type_cards() -> list[str]:
@@ -68,19 +77,18 @@ def type_card(model_type: str) -> TypeCard:
     name = "upcycled" if model_type.startswith("upcycled_") else model_type
     if name not in list_type_cards():
         raise ValueError(f"`model_type={model_type!r}` has no card. Cards: {list_type_cards()}.")
-    fields, papers, body = read_card(FOLDER / f"{name}.md")
-    return TypeCard(fields["model_type"], fields["title"], fields["summary"], papers, body)
+    return TypeCard(**read_card(FOLDER / f"{name}.md"))
 
 
-def read_card(path: Path) -> tuple[dict[str, Any], tuple[Paper, ...], str]:
-    """The parts of a card file: metadata, the papers they name, and the Markdown below.
+def read_card(path: Path) -> dict[str, Any]:
+    """The parts of a card file.
 
     Args:
         path (`Path`): The file.
 
     Returns:
-        `tuple`: `dict` of metadata, papers, text.
+        `dict`: Its metadata, with `papers` found in the bibliography, and the Markdown below as `body`.
     """
     _, metadata, body = path.read_text(encoding="utf-8").split("---\n", 2)
     fields = yaml.safe_load(metadata)
-    return fields, tuple(find_papers(" ".join(fields["papers"]))), body.strip() + "\n"
+    return {**fields, "papers": tuple(find_papers(" ".join(fields["papers"]))), "body": body.strip() + "\n"}
