@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-__all__ = ["symmetric_kl"]
+__all__ = ["feature_distance", "symmetric_kl"]
 
 
 def symmetric_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -32,3 +32,26 @@ def symmetric_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return nn.functional.kl_div(other, target.detach(), reduction="none", log_target=True).sum(-1)
 
     return 0.5 * (kl(log_q, log_p) + kl(log_p, log_q))
+
+
+def feature_distance(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Mean squared difference of the outputs of six blocks, spread evenly through the model, of two passes.
+
+    Note: which six is not known; all blocks are taken where there are no more.
+
+    Args:
+        first (`tuple[torch.Tensor]`): Hidden states of the first pass: the embeddings, then each block's output.
+        second (`tuple[torch.Tensor]`): Of the second.
+
+    Returns:
+        `torch.Tensor`: A scalar in float32.
+
+    Example:
+        ```python
+        feature_distance(*(model(**batch, output_hidden_states=True).hidden_states for _ in range(2)))
+        ```
+    """
+    blocks = len(first) - 1
+    count = min(6, blocks)
+    chosen = [(number + 1) * blocks // count for number in range(count)]
+    return torch.stack([(first[i].float() - second[i].float()).square().mean() for i in chosen]).mean()

@@ -13,7 +13,7 @@ from hf_moe import MosaConfig
 from hf_moe.adapters.core import Bottleneck
 from hf_moe.adapters.mosa.layer import MosaLayer
 from hf_moe.trainers import MosaMergeCallback, MosaTrainer
-from hf_moe.trainers.mosa_losses import symmetric_kl
+from hf_moe.trainers.mosa_losses import feature_distance, symmetric_kl
 
 
 def arguments(folder, **kwargs):
@@ -84,6 +84,21 @@ def test_loss_is_the_papers(alpha, beta, tmp_path):
     p, q = first.logits.log_softmax(-1), second.logits.log_softmax(-1)
     kl = 0.5 * ((p.exp() * (p - q)).sum(-1) + (q.exp() * (q - p)).sum(-1)).mean()
     torch.testing.assert_close(loss, first.loss + alpha * second.loss + beta * kl)
+
+
+def test_distance_of_block_outputs(tmp_path):
+    states = [tuple(torch.full((2, 3), float(i * factor)) for i in range(13)) for factor in (1, 2)]
+    # of twelve blocks every second one, which differ by their number
+    assert feature_distance(*states).item() == pytest.approx(sum(i * i for i in (2, 4, 6, 8, 10, 12)) / 6)
+    model = vit(consistency_weight=0.0, feature_weight=0.5, init_weights=False).train()
+    trainer = MosaTrainer(model, arguments(tmp_path), train_dataset=pictures())
+    inputs = batch(pictures(4))
+    torch.manual_seed(1)
+    loss = trainer.compute_loss(model, dict(inputs))
+    torch.manual_seed(1)
+    first, second = (model(**inputs, output_hidden_states=True) for _ in range(2))
+    squares = [(a - b).square().mean() for a, b in zip(first.hidden_states, second.hidden_states, strict=True)]
+    torch.testing.assert_close(loss, first.loss + 0.5 * (squares[1] + squares[2]) / 2)
 
 
 def test_evaluation_and_zero_weights_take_one_pass(tmp_path):

@@ -147,7 +147,7 @@ class SplitLowRank(LowRank):
         return _like(plain, self)
 
 
-def _copy(mine: nn.Module, its: nn.Module) -> None:
+def _copy(mine: nn.Module, its: Any) -> None:
     if isinstance(mine, SplitLinear):
         mine.collapse_into(its.weight, getattr(its, "bias", None))
     else:

@@ -49,6 +49,8 @@ class MosaConfig(MoeAdapterConfig):
         mask_seed (`int`, defaults to 0): Of the partition. It is saved with the adapter all the same.
         consistency_weight (`float`, defaults to 1.0): beta, for [`~hf_moe.trainers.MosaTrainer`].
         second_ce_weight (`float`, defaults to 0.0): alpha, for [`~hf_moe.trainers.MosaTrainer`].
+        feature_weight (`float`, defaults to 0.0): Weight of the distance of block outputs, for the same trainer; the
+            reference's own value is 0.01 where it is on.
         draw_seed (`int`, *optional*): For [`~hf_moe.trainers.MosaTrainer`]: all processes draw the same experts, given
             by this seed, the step and the pass. Left out, each process draws from torch's generator.
         target_modules: The feed-forward blocks (and the attention blocks for `"houlsby"`, query and value projections
@@ -83,6 +85,7 @@ class MosaConfig(MoeAdapterConfig):
     mask_seed: int = 0
     consistency_weight: float = 1.0
     second_ce_weight: float = 0.0
+    feature_weight: float = 0.0
     draw_seed: int | None = None
 
     def validate(self) -> None:
@@ -99,6 +102,7 @@ class MosaConfig(MoeAdapterConfig):
         self.require("merge_scale", self.merge_scale > 0, "positive")
         self.require("consistency_weight", self.consistency_weight >= 0, "at least 0")
         self.require("second_ce_weight", self.second_ce_weight >= 0, "at least 0")
+        self.require("feature_weight", self.feature_weight >= 0, "at least 0")
         if self.num_experts == 1:
             self.require("merge_scale", self.merge_scale == 1.0, "1.0 with `num_experts=1`, as nothing is merged")
         if self.style != "parallel" and self.adapter_input == "residual":

@@ -36,7 +36,7 @@ class MosaModel(CellTuner):
     # of the default style; others are looked up in `_prepare_adapter_config`
     target_module_mapping: ClassVar[dict[str, Any]] = {name: [host.feed_forward] for name, host in HOSTS.items()}
 
-    def _prepare_adapter_config(self, peft_config: MosaConfig, model_config: dict[str, Any]) -> MosaConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and not peft_config.target_parameters:
             found = family_targets(peft_config.style, model_config.get("model_type", ""))
             if found is not None:
@@ -109,10 +109,10 @@ def collapse_adapter(model: Any, adapter_name: str, configs: dict[str, Any] | No
         model.save_pretrained("plain-adapter")
         ```
     """
-    configs = getattr(model, "peft_config", {}) if configs is None else configs
-    config = configs.get(adapter_name)
+    known: dict[str, Any] = configs or getattr(model, "peft_config", {})
+    config = known.get(adapter_name)
     if not isinstance(config, MosaConfig):
-        ours = [name for name, other in configs.items() if isinstance(other, MosaConfig)]
+        ours = [name for name, other in known.items() if isinstance(other, MosaConfig)]
         raise ValueError(f"`adapter_name` must be one of the MoSA adapters {ours}, got {adapter_name!r}.")
     for module in model.modules():
         if isinstance(module, MosaLayer) and module.has(adapter_name):

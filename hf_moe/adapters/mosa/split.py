@@ -80,6 +80,9 @@ class SplitLinear(nn.Module):
         ```
     """
 
+    assign: torch.Tensor
+    initial: torch.Tensor | None
+
     def __init__(
         self,
         linear: nn.Linear | torch.Tensor,
@@ -101,7 +104,7 @@ class SplitLinear(nn.Module):
         self._cache: _Merged | None = None
         with torch.no_grad():
             self.weight.copy_(weight)
-            if self.bias is not None:
+            if self.bias is not None and bias is not None:
                 self.bias.copy_(bias.expand_as(self.bias))
             if trained:
                 for parameter in self.parameters():
@@ -127,8 +130,8 @@ class SplitLinear(nn.Module):
         """
         if not isinstance(index, torch.Tensor):
             index = torch.tensor([index], device=self.weight.device)
-        start = 0.0 if self.initial is None else self.initial.to(self.weight.dtype)
-        weight = torch.where(self.assign == index.to(torch.uint8), self.weight, start)
+        start: Any = 0.0 if self.initial is None else self.initial.to(self.weight.dtype)
+        weight = torch.where(torch.eq(self.assign, index.to(torch.uint8)), self.weight, start)
         return weight, None if self.bias is None else self.bias.index_select(0, index).squeeze(0)
 
     def merged(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,7 +145,8 @@ class SplitLinear(nn.Module):
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
             return self._merge()
-        sources = tuple(t for t in (self.weight, self.bias, self.initial) if t is not None)
+        tensors: tuple[torch.Tensor | None, ...] = (self.weight, self.bias, self.initial)
+        sources = tuple(t for t in tensors if t is not None)
         versions = tuple((t._version, t.data_ptr()) for t in sources)
         kept = self._cache
         # `is`: a tensor of a new layer may have the address and the version of one that is gone

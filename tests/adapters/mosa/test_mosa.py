@@ -418,6 +418,7 @@ def test_a_block_after_lora_on_its_children_is_exact():
         ({"style": "lora", "dropout": 0.1, "target_parameters": ["w"]}, "`dropout` must be 0"),
         ({"consistency_weight": -1.0}, "`consistency_weight`"),
         ({"second_ce_weight": -1.0}, "`second_ce_weight`"),
+        ({"feature_weight": -1.0}, "`feature_weight`"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(fields, message):
