@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, T = B * S tokens, N experts, K per token.
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .files import write_text
+from .modes import eval_mode
 from .views import LayerRecord, MoeLayerView, Routing, record_routing, unwrap_model
 
 
@@ -193,7 +193,7 @@ def attribute_experts(
     trunk = inner.base_model  # without the head, whose logits nobody looks at
     embedding: Any = inner.get_input_embeddings().weight
     device = embedding.device
-    with record_routing(inner) as recorder, _eval_mode(inner):
+    with record_routing(inner) as recorder, eval_mode(inner):
         totals = _Totals([record.view for record in recorder.layers])
         if resume_from is not None:
             totals.load(resume_from)
@@ -317,17 +317,6 @@ class _Totals:
             raise ValueError("`data` holds no token to attribute. Pass a forget set that is not empty.")
         layers = {name: (total / self.sequences).tolist() for name, total in self.sums.items()}
         return ExpertScores(layers, self.sequences, self.tokens)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _batches(data: Any, batch_size: int, skip: int) -> Iterable[Any]:

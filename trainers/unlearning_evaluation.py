@@ -2,20 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.trainer_utils import speed_metrics
 
+from hf_moe.modes import eval_mode
 from hf_moe.views import unwrap_model
 
 from .unlearning_data import TokenRows
 from .unlearning_metrics import balance_metrics, cross_entropy_of
 
 
-__all__ = ["UnlearningEvaluationMixin", "eval_mode"]
+__all__ = ["UnlearningEvaluationMixin"]
 
 if TYPE_CHECKING:  # what it is mixed into has all of this
     from transformers import Trainer as _Trainer
@@ -111,15 +111,3 @@ class UnlearningEvaluationMixin(_Trainer):
         if self.args.forget_loss_target is not None:
             return self.args.forget_loss_target
         return math.log(unwrap_model(self.model).config.get_text_config().vocab_size)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Has the model in eval mode while the block runs; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from hf_moe.attribution import ExpertScores, pad_token_rows
+from hf_moe.modes import eval_mode
 from hf_moe.views import moe_layers, unwrap_model
 
 from .unlearning_anchor import RouterAnchor
 from .unlearning_config import ExpertUnlearningConfig
 from .unlearning_data import PairCollator, PairedRows, TokenRows
-from .unlearning_evaluation import UnlearningEvaluationMixin, eval_mode
+from .unlearning_evaluation import UnlearningEvaluationMixin
 from .unlearning_losses import LOSSES, UnlearningStep
 from .unlearning_steering import Steering, decoder_layers
 from .unlearning_targets import anchor_kind, choose_targets, freeze_routers, slice_adapter

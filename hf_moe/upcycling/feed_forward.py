@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from hf_moe.modes import eval_mode
+
 
 __all__ = [
     "DenseFeedForward",
@@ -266,17 +268,13 @@ def _activation_name(module: nn.Module) -> str:
 def _verify(module: nn.Module, ffn: DenseFeedForward) -> None:
     probe = torch.randn(3, ffn.hidden_size, generator=torch.Generator().manual_seed(0))
     probe = probe.to(ffn.up.device, ffn.up.dtype)
-    training = [m for m in module.modules() if m.training]
     try:
-        module.eval()
-        expected = module(probe[None])[0]
+        with eval_mode(module):
+            expected = module(probe[None])[0]
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__} does not map hidden states `(B, S, D)` to `(B, S, D)`: {error}"
         ) from error
-    finally:
-        for m in training:
-            m.training = True
     got = ffn.map(torch.Tensor.float)(probe.float())
     tolerance = 1e-3 if ffn.up.dtype == torch.float32 else 5e-2
     gap = float((expected.float() - got).norm() / expected.float().norm().clamp_min(1e-30))

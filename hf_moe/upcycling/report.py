@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .statistics import eval_mode
+from hf_moe.modes import eval_mode
 
 
 __all__ = ["MeasuredGap", "UpcycleReport", "count_parameters", "measure_gap"]

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_moe.modes import eval_mode
+
 from .feed_forward import FeedForwardSite, projection_names
 
 
@@ -151,18 +153,6 @@ def capture_inputs(modules: dict[Any, nn.Module], function):
             handle = module.register_forward_pre_hook(make(key), with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def eval_mode(model: nn.Module):
-    """Evaluation mode, afterwards every module as it was."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module in training:
-            module.training = True
 
 
 def collect_statistics(

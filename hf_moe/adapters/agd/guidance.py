@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 
-from hf_moe.adapters.core import condition, runtime_of
+from hf_moe.adapters.core import bypass, condition, runtime_of
 
 from .conditions import SCALE, conditions_of
 
@@ -103,8 +103,7 @@ def set_condition_fn(model: Any, condition_fn: Callable[[tuple, dict[str, Any]],
     conditions_of(denoiser_of(model)).condition_fn = condition_fn
 
 
-@contextmanager
-def agd_disabled(model: Any) -> Iterator[None]:
+def agd_disabled(model: Any) -> AbstractContextManager[None]:
     """Inside, AGD adapters are off and others (LoRA) stay on: the teacher, whatever has been loaded.
 
     Args:
@@ -112,15 +111,7 @@ def agd_disabled(model: Any) -> Iterator[None]:
     """
     from .layer import AgdLayer
 
-    layers = [module for module in denoiser_of(model).modules() if isinstance(module, AgdLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
+    return bypass(denoiser_of(model), AgdLayer)
 
 
 class GuidanceFree:

@@ -1,6 +1,7 @@
 """What all adapter types share: a config, a layer that holds cells beside a base module, a tuner, runtime inputs."""
 
 from .bottleneck import Bottleneck
+from .bypass import bypass
 from .config import MoeAdapterConfig
 from .float32_buffers import Float32Buffers
 from .layer import BlockLayer, CellLayer
@@ -18,6 +19,7 @@ __all__ = [
     "MoeAdapterConfig",
     "ParameterLayer",
     "Runtime",
+    "bypass",
     "condition",
     "install_runtime",
     "runtime_of",

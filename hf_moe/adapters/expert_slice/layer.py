@@ -3,8 +3,8 @@
 Shapes: T tokens, D hidden, I intermediate, N experts, K per token, M experts of a slice, A tokens sent to one expert.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from hf_moe.adapters.core import BlockLayer
+from hf_moe.adapters.core import BlockLayer, bypass
 
 
 __all__ = ["BankLayer", "RouterLayer", "SliceLayer", "bank_parameters", "bypass_slices", "router_parameters"]
@@ -255,23 +255,13 @@ class RouterLayer(SliceLayer):
         return torch.func.functional_call(self.base_layer, self.in_place_of(working), args, kwargs)
 
 
-@contextmanager
-def bypass_slices(model: nn.Module) -> Iterator[None]:
-    """The base model while the block runs, bit for bit. Unlike PEFT's `disable_adapter`, it leaves `requires_grad` as
-    it is, so it may run between a forward pass and its backward pass.
+def bypass_slices(model: nn.Module) -> AbstractContextManager[None]:
+    """The base model while the block runs; see [`~hf_moe.adapters.core.bypass`].
 
     Args:
         model (`nn.Module`): A model with expert slices.
     """
-    layers = [module for module in model.modules() if isinstance(module, SliceLayer)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
+    return bypass(model, SliceLayer)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_moe.upcycling.statistics import capture_inputs, encode, eval_mode
+from hf_moe.modes import eval_mode
+from hf_moe.upcycling.statistics import capture_inputs, encode
 
 from .base import RouterInit
 
