@@ -150,8 +150,13 @@ class MoeTrainerMixin(_Trainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The loss of the class below plus, in training, the router losses of its decoder passes with gradients."""
         collector = self._prepare_router_losses()
-        coefficients = tuple(_coefficients(_router_config(collector.model)).values())
-        wanted = any(coefficients) or any(b.bias_update_speed for b, _ in collector.balancers.values())
+        config = _router_config(collector.model)
+        coefficients = tuple(_coefficients(config).values())
+        wanted = (
+            any(coefficients)
+            or getattr(config, "has_router_penalty", False)
+            or any(b.bias_update_speed for b, _ in collector.balancers.values())
+        )
         if not (wanted and self.model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with collector.collect() as pending:
@@ -230,7 +235,11 @@ class MoeTrainerMixin(_Trainer):
 
     # -- logs ----------------------------------------------------------------------------------------------------
     def _note(self, losses: BalanceLosses) -> None:
-        for name, value in (("aux_loss", losses.aux_loss), ("router_z_loss", losses.z_loss)):
+        for name, value in (
+            ("aux_loss", losses.aux_loss),
+            ("router_z_loss", losses.z_loss),
+            ("router_penalty", losses.penalty),
+        ):
             if value is not None:
                 total, count = self._router_metrics.get(name, (0.0, 0))
                 self._router_metrics[name] = (total + value.detach(), count + 1)

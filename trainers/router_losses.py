@@ -107,7 +107,7 @@ class RouterLossCollector:
     def _layer(self, name: str, position: int, output: Any) -> LayerRouting:
         if not self.views:
             router = self.balancers[name][1][position]
-            return LayerRouting.from_router(router, output.router_logits, output.top_k_index)
+            return LayerRouting.from_router(router, output.router_logits, output.top_k_index, output.penalty)
         view = self.views[position]
         routing = view.read(output)
         return LayerRouting(routing.router_logits.float(), routing.top_k_index, view.probabilities)

@@ -178,6 +178,13 @@ class MoeConfigMixin:
         """Indices of the MoE layers, sorted."""
         return parse_moe_layers(self.moe_layers, self.num_hidden_layers)
 
+    @property
+    def has_router_penalty(self) -> bool:
+        """Whether the routers add a loss of their own in training (`RouterOutput.penalty`)."""
+        from hf_moe.routing.registry import router_class
+
+        return router_class(self.router_type).has_penalty(**self.router_config)
+
     # -- parallel plans, read by `from_pretrained(..., distributed_config=...)` -------------------------------------
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:

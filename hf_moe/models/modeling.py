@@ -55,6 +55,7 @@ class MoeModelOutput(MoeModelOutputWithPast):
 
     router_indices: tuple[torch.Tensor, ...] | None = None
     all_router_logits: tuple[torch.Tensor, ...] | None = None
+    router_penalties: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -104,6 +105,7 @@ class MoePreTrainedMixin:
     ROUTER_RECORDS = {
         "router_logits": OutputRecorder(BaseRouter, index=0),
         "router_indices": OutputRecorder(BaseRouter, index=2),
+        "router_penalties": OutputRecorder(BaseRouter, index=4),
     }
     #: `False` while somebody else (`hf_moe.trainers`) computes and adds the router losses: `forward` then leaves them.
     adds_router_losses = True
@@ -142,7 +144,7 @@ class MoePreTrainedMixin:
                 would have no graph.
         """
         config = self.config
-        needs_graph = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0
+        needs_graph = config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.has_router_penalty
         needs_graph = needs_graph or any(block.gate.carries_state for _, block in self.moe_blocks())
         if needs_graph and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
@@ -282,6 +284,7 @@ class MoeModelMixin:
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_router_indices=output_router_logits,
+            output_router_penalties=output_router_logits,
             routing_context=self.routing_context(input_ids, attention_mask, inputs_embeds),
             **kwargs,
         )
@@ -296,6 +299,7 @@ class MoeModelMixin:
             router_logits=router_logits,
             router_indices=outputs.get("router_indices"),
             all_router_logits=outputs.get("router_logits"),
+            router_penalties=outputs.get("router_penalties") or None,
         )
 
     def routing_context(
@@ -323,7 +327,7 @@ class RouterLossesMixin:
         if not (self.adds_router_losses and self.training and torch.is_grad_enabled()):
             return False
         has_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
-        return has_loss or self.config.router_bias_update_speed > 0
+        return has_loss or self.config.router_bias_update_speed > 0 or self.config.has_router_penalty
 
     def begin_balance(self, outputs: MoeModelOutput, *inputs: torch.Tensor | None) -> PendingBalance | None:
         """Counts what the routers chose and starts the sum over ranks, which then runs while the head does.
@@ -338,10 +342,9 @@ class RouterLossesMixin:
         if not outputs.all_router_logits or not self.adds_router_losses:
             return None
         routers = [block.gate for _, block in self.base_model.moe_blocks()]
-        layers = [
-            LayerRouting.from_router(router, logits, index)
-            for router, logits, index in zip(routers, outputs.all_router_logits, outputs.router_indices, strict=True)
-        ]
+        penalties = outputs.router_penalties or [None] * len(routers)
+        recorded = (outputs.all_router_logits, outputs.router_indices, penalties)
+        layers = [LayerRouting.from_router(*layer) for layer in zip(routers, *recorded, strict=True)]
         balancer = self.base_model.load_balancer
         balancer.z_loss = self.config.router_z_loss_coef > 0  # the config may have changed since the model was built
         return balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)

@@ -31,6 +31,7 @@ _EXPORTS = {
     ".selection_bias": ["update_selection_bias"],
     ".statistics": ["RouterStats", "RoutingSummary"],
     ".steps": ["BalanceSteps"],
+    ".top_p": ["TopPRouter"],
     ".topk": ["SigmoidTopKRouter", "SoftmaxTopKRouter"],
     ".variable": ["VariableRouter"],
 }

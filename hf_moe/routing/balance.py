@@ -76,7 +76,7 @@ def mean_probability(probabilities: torch.Tensor, token_mask: torch.Tensor | Non
     Returns:
         `torch.Tensor` of shape `(N,)`; 0 where every token is padding.
     """
-    return _masked_mean(probabilities, token_mask)
+    return masked_mean(probabilities, token_mask)
 
 
 def balance_value(
@@ -145,7 +145,7 @@ def router_z_loss(logits: torch.Tensor, token_mask: torch.Tensor | None = None) 
     Returns:
         `torch.Tensor`, 0-dim.
     """
-    return _masked_mean(logits.float().logsumexp(dim=-1).square(), token_mask)
+    return masked_mean(logits.float().logsumexp(dim=-1).square(), token_mask)
 
 
 def count_tokens(num_rows: int, token_mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -169,7 +169,7 @@ def flat_mask(token_mask: torch.Tensor, num_rows: int) -> torch.Tensor:
     return token_mask.reshape(-1).bool()
 
 
-def _masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+def masked_mean(values: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over dim 0 of `values` (T, ...), padding left out."""
     if token_mask is None:
         return values.mean(dim=0)

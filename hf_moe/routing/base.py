@@ -153,7 +153,9 @@ class BaseRouter(nn.Module):
                 index = self.select(self.choice_scores(scores.detach(), router_logits.detach()))  # (T, K)
             weights = self.weigh(scores, index)  # (T, K)
             index, weights = self.post_process(index, weights, context)
-        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index, self.next_state(router_logits))
+            penalty = self.penalty(router_logits) if self.training else None
+        weights, state = weights.to(hidden_states.dtype), self.next_state(router_logits)
+        return RouterOutput(router_logits, weights, index, state, penalty)
 
     def post_process(
         self, index: torch.Tensor, weights: torch.Tensor, context: RoutingContext
@@ -182,6 +184,15 @@ class BaseRouter(nn.Module):
         """The distribution p of the balance loss, rows summing to 1, before any bias, `(T, N)`."""
         scores = self.scores(router_logits)
         return scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)
+
+    @classmethod
+    def has_penalty(cls, **options) -> bool:
+        """Whether a router with these options adds a term of its own to the loss, `RouterOutput.penalty`."""
+        return False
+
+    def penalty(self, router_logits: torch.Tensor) -> torch.Tensor | None:
+        """What each token adds to the training loss, `(T,)`, coefficient included; `None` for nothing."""
+        return None
 
     @property
     def balance_weights(self) -> torch.Tensor | None:

@@ -132,7 +132,7 @@ class DenseToSparseRouter(VariableRouter):
                 index = index.masked_fill(~self.keep(values, context.token_mask), self.num_experts)  # (T, K)
             weights = self.weigh(choice if self.weight_from == "gumbel" else scores, index)
             index, weights = self.post_process(index, weights, context)
-        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index, self.next_state(router_logits))
+        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index)
 
     @property
     def choice_differs_from_scores(self) -> bool:

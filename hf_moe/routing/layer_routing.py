@@ -21,16 +21,20 @@ class LayerRouting(NamedTuple):
         probabilities (`torch.Tensor` of shape `(T, N)` or callable, *optional*): The distribution p, or the function
             that makes it from the logits (`router.probabilities`). Softmax of the logits by default.
         balance_weights (`torch.Tensor` of shape `(N,)`, *optional*): eta of the heterogeneous loss.
+        penalty (`torch.Tensor` of shape `(T,)`, *optional*): `RouterOutput.penalty`, the router's own loss.
     """
 
     logits: torch.Tensor
     index: torch.Tensor
     probabilities: torch.Tensor | Callable[[torch.Tensor], torch.Tensor] | None = None
     balance_weights: torch.Tensor | None = None
+    penalty: torch.Tensor | None = None
 
     @classmethod
-    def from_router(cls, router: Any, logits: torch.Tensor, index: torch.Tensor) -> "LayerRouting":
-        """The recorded logits and index of `router`, with its own `probabilities` and `balance_weights`.
+    def from_router(
+        cls, router: Any, logits: torch.Tensor, index: torch.Tensor, penalty: torch.Tensor | None = None
+    ) -> "LayerRouting":
+        """The recorded logits, index and penalty of `router`, with its own `probabilities` and `balance_weights`.
 
         Where a capacity empties slots, the index is chosen again without it: f counts what tokens asked for, as in
         GShard, Switch and MoE++. What capacity lets through is nearly balanced by construction, and would hide the
@@ -39,7 +43,8 @@ class LayerRouting(NamedTuple):
         if getattr(router, "capacity_factor", None) is not None and router.training:
             with torch.no_grad():
                 index = router.select(router.choice_scores(router.scores(logits), logits))
-        return cls(logits, index, getattr(router, "probabilities", None), getattr(router, "balance_weights", None))
+        weights = getattr(router, "balance_weights", None)
+        return cls(logits, index, getattr(router, "probabilities", None), weights, penalty)
 
     def distribution(self) -> torch.Tensor:
         """p, `(T, N)`, with gradient to the logits."""

@@ -12,7 +12,15 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
-from .balance import balance_value, count_tokens, expert_counts, mean_probability, normalize_counts, router_z_loss
+from .balance import (
+    balance_value,
+    count_tokens,
+    expert_counts,
+    masked_mean,
+    mean_probability,
+    normalize_counts,
+    router_z_loss,
+)
 from .layer_routing import LayerRouting
 from .loss_scale import balance_loss_scale
 
@@ -32,23 +40,28 @@ BALANCE_MODES = ("micro", "rank", "running", "lagged", "blend")
 
 
 class BalanceLosses(NamedTuple):
-    """Router losses of one forward. Add `scale * (coefficient * value)` of each to the model's loss.
+    """Router losses of one forward. Add `scale * (coefficient * value)` of each to the model's loss, and
+    `scale * penalty`, which has its coefficient in it.
 
     Args:
         aux_loss (`torch.Tensor`): Mean over layers of the load-balance loss; the value to log.
         z_loss (`torch.Tensor`, *optional*): Mean over layers of the router z-loss.
         scale (`torch.Tensor`): What makes the sum over micro-batches and ranks one loss; see [`LoadBalancer`].
+        penalty (`torch.Tensor`, *optional*): Mean over layers of what the routers themselves add.
     """
 
     aux_loss: torch.Tensor
     z_loss: torch.Tensor | None
     scale: torch.Tensor
+    penalty: torch.Tensor | None = None
 
     def total(self, aux_coefficient: float = 0.0, z_coefficient: float = 0.0) -> torch.Tensor:
-        """`scale * (aux_coefficient * aux_loss + z_coefficient * z_loss)`: what to add to the loss."""
+        """`scale * (aux_coefficient * aux_loss + z_coefficient * z_loss + penalty)`: what to add to the loss."""
         total = aux_coefficient * self.aux_loss
         if z_coefficient and self.z_loss is not None:
             total = total + z_coefficient * self.z_loss
+        if self.penalty is not None:
+            total = total + self.penalty
         return self.scale * total
 
 
@@ -430,12 +443,14 @@ class PendingBalance:
         if balancer.local_fraction:
             frequency = frequency + balancer.local_fraction * normalize_counts(self.counts)
         device = self.counts.device
-        losses, z_losses = [], []
+        losses, z_losses, penalties = [], [], []
         for layer, width, row in zip(self.layers, balancer.num_experts, frequency, strict=True):
             mean = mean_probability(layer.distribution(), self.token_mask)  # (N,)
             losses.append(balance_value(mean, row[:width], layer.balance_weights).to(device))
             if balancer.z_loss:
                 z_losses.append(router_z_loss(layer.logits, self.token_mask).to(device))
+            if layer.penalty is not None:
+                penalties.append(masked_mean(layer.penalty, self.token_mask).to(device))
         return BalanceLosses(
             torch.stack(losses).mean(),
             torch.stack(z_losses).mean() if z_losses else None,
@@ -445,6 +460,7 @@ class PendingBalance:
                 num_items_in_batch=num_items_in_batch,
                 labels_are_shifted=labels_are_shifted,
             ),
+            torch.stack(penalties).sum() / len(losses) if penalties else None,
         )
 
 

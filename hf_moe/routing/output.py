@@ -22,12 +22,15 @@ class RouterOutput(NamedTuple):
         top_k_weights (`torch.Tensor` of shape `(T, K)`): Mixing weights in the dtype of the hidden states.
         top_k_index (`torch.Tensor` of shape `(T, K)`): Chosen experts, int64.
         state (`torch.Tensor` of shape `(T, ...)`, *optional*): Handed to the router of the next MoE layer.
+        penalty (`torch.Tensor` of shape `(T,)`, *optional*): In training, what the router itself adds to the loss for
+            each token, its coefficient included; the loss takes the mean over tokens and layers.
     """
 
     router_logits: torch.Tensor
     top_k_weights: torch.Tensor
     top_k_index: torch.Tensor
     state: torch.Tensor | None = None
+    penalty: torch.Tensor | None = None
 
 
 class RoutingContext(NamedTuple):

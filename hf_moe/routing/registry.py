@@ -27,6 +27,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
         "moepp_release": "gating_residual",
         "sigmoid_topk": "topk",
         "softmax_topk": "topk",
+        "top_p": "top_p",
     },
 )
 

@@ -62,6 +62,11 @@ OPTIONS["dense_to_sparse"] = [
     ("batch", {"selection": "batch", "temperature": 0.5, "threshold": 0.05}, {}),
     ("capped", {"max_experts": 3}, {"expert_capacity_factor": 0.75, "num_experts_per_tok": 1}),
 ]
+OPTIONS["top_p"] = [
+    ("many", {"p": 0.9, "max_experts": 5, "norm_topk_prob": True}, {}),
+    ("everyone", {"p": 1.0, "entropy_coef": 0.0, "temperature": 2.0}, {}),
+    ("capacity", {"capacity_policy": "score"}, {"expert_capacity_factor": 0.75}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),

@@ -87,7 +87,10 @@ class UpcycledMixin(MoePreTrainedMixin):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         config = self.config
         counts = (
-            config.router_aux_loss_coef > 0 or config.router_z_loss_coef > 0 or config.router_bias_update_speed > 0
+            config.router_aux_loss_coef > 0
+            or config.router_z_loss_coef > 0
+            or config.router_bias_update_speed > 0
+            or config.has_router_penalty
         )
         in_training = self.training and torch.is_grad_enabled() and counts
         if not self.adds_router_losses or not (wanted or in_training):
@@ -97,7 +100,7 @@ class UpcycledMixin(MoePreTrainedMixin):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         with _collect(blocks) as recorded:
             outputs = super().forward(*args, return_dict=True, **kwargs)
-        layers = [LayerRouting.from_router(b.gate, r.router_logits, r.top_k_index) for b, r in recorded]
+        layers = [LayerRouting.from_router(b.gate, r.router_logits, r.top_k_index, r.penalty) for b, r in recorded]
         mask = kwargs.get("attention_mask")
         tokens = layers[0].index.shape[0]
         mask = mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.numel() == tokens else None
