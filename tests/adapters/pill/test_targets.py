@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -204,6 +205,44 @@ def test_a_vision_language_model_generates_with_and_without_a_cache(beams):
     cached = model.generate(**PICTURE, **settings)
     assert cached.shape[1] > 8
     assert torch.equal(cached, model.generate(**PICTURE, use_cache=False, **settings))
+
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+}
+LANGUAGE = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+QWEN = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "vision", "token"),
+    [
+        ("smolvlm", {"model_type": "llama"}, {**VISION, "patch_size": 4}, "image_token_id"),
+        ("gemma3", {"head_dim": 8}, {**VISION, "patch_size": 4}, "image_token_index"),
+        ("paligemma", {"model_type": "gemma", "head_dim": 8}, {**VISION, "patch_size": 4}, "image_token_index"),
+        ("qwen2_vl", {"rope_parameters": ROPE}, QWEN, "image_token_id"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_vision_language_models_are_found_their_way_into(model_type, text, vision, token):
+    torch.manual_seed(0)
+    settings = {"text_config": {**LANGUAGE, **text}, "vision_config": vision, token: 60}
+    if model_type == "gemma3":
+        settings["mm_tokens_per_image"] = 4
+    base = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    expected = logits(base)
+    model = get_peft_model(base, PillConfig(r=4)).eval()
+    assert model.peft_config["default"].modality_token_ids == {"image": [60]}
+    assert len(layers(model)) == 6 and all("vision" not in name and "visual" not in name for name in layers(model))
+    assert torch.equal(logits(model), expected)
 
 
 def test_layers_of_a_vision_language_model_can_be_chosen_and_saved(tmp_path):
