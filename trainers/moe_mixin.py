@@ -28,8 +28,8 @@ class MoeTrainerMixin(_Trainer):
 
     What it does, over the class it is mixed into:
 
-    - **Router losses.** Per optimizer step, router_aux_loss_coef * L_balance + router_z_loss_coef * L_z is added to
-      the loss exactly once, with the statistics of `balance_mode` ([`~hf_moe.LoadBalancer`]), padding left out. TRL
+    - **Router losses.** Per optimizer step, router_aux_loss_coef * L_balance + router_z_loss_coef * L_z, and what
+      routers add themselves (`RouterOutput.penalty`), is added to the loss exactly once, with the statistics of `balance_mode` ([`~hf_moe.LoadBalancer`]), padding left out. TRL
       computes its log-probabilities from the decoder's hidden states and never calls the model's own head; its own
       auxiliary loss, Mixtral's formula over all layers pooled, is switched off. So is the one the model's head would
       add: whichever path a loss takes, the trainer adds the router losses, and nobody else does.
@@ -39,7 +39,7 @@ class MoeTrainerMixin(_Trainer):
     - **Callbacks.** [`~hf_moe.GlobalBalanceCallback`] is added, and [`~hf_moe.RouterScheduleCallback`] if the model's
       config has schedules, unless they are there already. `train(resume_from_checkpoint=...)` finds their state.
     - **Logs.** `aux_loss`, and `router_z_loss` where it is on: unweighted means over the micro-batches of all
-      processes since the last log. `aux_loss` is 1 when balanced.
+      processes since the last log. `aux_loss` is 1 when balanced. `router_penalty` has its coefficient in it.
     - **Optimizer.** `router_learning_rate` and `expert_learning_rate`, see [`MoeTrainingArguments`].
 
     Evaluation losses hold no router losses, as in the model's own forward.

@@ -11,6 +11,7 @@ _EXPORTS = {
     ".capacity": ["apply_capacity", "pack_slots"],
     ".dense_to_sparse": ["DenseToSparseRouter"],
     ".discovery": ["find_balancers", "find_routers"],
+    ".fixed_random": ["FixedRandomRouter"],
     ".gating_residual": ["GatingResidualRouter", "MoePlusPlusReleaseRouter"],
     ".hashing": ["HashRouter", "balanced_hash_table", "random_hash_table"],
     ".layer_routing": ["LayerRouting"],
@@ -33,7 +34,7 @@ _EXPORTS = {
     ".steps": ["BalanceSteps"],
     ".top_p": ["TopPRouter"],
     ".topk": ["SigmoidTopKRouter", "SoftmaxTopKRouter"],
-    ".variable": ["VariableRouter"],
+    ".variable": ["VariableLinearRouter", "VariableRouter"],
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(

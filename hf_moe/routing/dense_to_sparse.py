@@ -10,7 +10,7 @@ from transformers import initialization as init
 
 from .output import RouterOutput, RoutingContext
 from .registry import register_router
-from .variable import VariableRouter
+from .variable import VariableLinearRouter
 
 
 __all__ = ["DenseToSparseRouter"]
@@ -20,7 +20,7 @@ SELECTIONS = ("token", "batch")
 
 
 @register_router("dense_to_sparse")
-class DenseToSparseRouter(VariableRouter):
+class DenseToSparseRouter(VariableLinearRouter):
     """In training a token gets every expert whose Gumbel-softmax share exceeds a threshold; at evaluation the top K.
 
     [EvoMoE](https://huggingface.co/papers/2112.14397), Sec. 3.2, as released. With l = h W^T and Gumbel noise z,

@@ -22,6 +22,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
     {
         "activation": "activation",
         "dense_to_sparse": "dense_to_sparse",
+        "fixed_random": "fixed_random",
         "gating_residual": "gating_residual",
         "hash": "hashing",
         "moepp_release": "gating_residual",

@@ -10,14 +10,14 @@ from transformers import initialization as init
 
 from .registry import register_router
 from .schedules import parse_schedules
-from .variable import VariableRouter
+from .variable import VariableLinearRouter
 
 
 __all__ = ["TopPRouter"]
 
 
 @register_router("top_p")
-class TopPRouter(VariableRouter):
+class TopPRouter(VariableLinearRouter):
     """P = softmax(h W^T); S = the t most probable experts, t the smallest number with sum P >= p; weights P on S.
 
     [Dynamic routing](https://huggingface.co/papers/2403.07652), Sec. 3: confident tokens use one expert, uncertain

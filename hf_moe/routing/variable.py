@@ -14,7 +14,7 @@ from .base import EPSILON, BaseRouter
 from .output import RoutingContext
 
 
-__all__ = ["VariableRouter"]
+__all__ = ["VariableLinearRouter", "VariableRouter"]
 
 
 class VariableRouter(BaseRouter):
@@ -41,8 +41,6 @@ class VariableRouter(BaseRouter):
         super().__init__(config, layer_idx, norm_topk_prob=norm_topk_prob, **kwargs)
         self.max_experts = self.num_experts if max_experts is None else max_experts
         self.top_k = self.max_experts
-        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
-        self.reset_parameters()
 
     @classmethod
     def validate_config(cls, config: Any, **options) -> None:
@@ -57,9 +55,6 @@ class VariableRouter(BaseRouter):
                 f"`router_bias_update_speed` has no selection bias to move in `router_type={cls.router_type!r}`. "
                 "Set it to 0, or use 'softmax_topk' or 'sigmoid_topk'."
             )
-
-    def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
-        return F.linear(hidden_states.float(), self.weight.float())  # (T, N)
 
     def keep(self, sorted_scores: torch.Tensor) -> torch.Tensor:
         """Which slots are in use, given the `K` best choice scores of each token in falling order.
@@ -82,6 +77,18 @@ class VariableRouter(BaseRouter):
         if self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
         return weights * self.routed_scaling_factor
+
+
+class VariableLinearRouter(VariableRouter):
+    """A [`VariableRouter`] whose logits are one matrix product, h W^T, in float32."""
+
+    def __init__(self, config: Any, layer_idx: int, **kwargs):
+        super().__init__(config, layer_idx, **kwargs)
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
+        self.reset_parameters()
+
+    def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
+        return F.linear(hidden_states.float(), self.weight.float())  # (T, N)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -67,6 +67,11 @@ OPTIONS["top_p"] = [
     ("everyone", {"p": 1.0, "entropy_coef": 0.0, "temperature": 2.0}, {}),
     ("capacity", {"capacity_policy": "score"}, {"expert_capacity_factor": 0.75}),
 ]
+OPTIONS["fixed_random"] = [
+    ("capped", {"max_experts": 3, "norm_topk_prob": False}, {}),
+    ("everyone", {}, {"num_experts_per_tok": N}),
+    ("top_1", {}, {"num_experts_per_tok": 1, "expert_capacity_factor": 0.75}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
@@ -79,6 +84,8 @@ FIELDS = {"gating_residual": MIXED, "moepp_release": MIXED}
 SILENT = {"moepp_release": N - 1}
 # Nothing in these routers is learned, nor do they look at hidden states.
 CONSTANT = {"hash"}
+# Nothing in these is learned either, but hidden states are.
+FROZEN = {"fixed_random"}
 # They draw random numbers in training without being told to.
 NOISY = {"dense_to_sparse"}
 
@@ -333,7 +340,7 @@ def test_gradients_are_finite_and_reach_every_parameter(case, training):
     for gradient in found:
         assert gradient is not None and gradient.isfinite().all()
     # One renormalised weight of one expert is constant; everywhere else something must flow.
-    if found and (router.top_k > 1 or not router.norm_topk_prob):
+    if found and ((getattr(router, "k", router.top_k)) > 1 or not router.norm_topk_prob):
         assert all(gradient.any() for gradient in found)
         assert not found[0][~context.token_mask].any()
 
@@ -348,8 +355,8 @@ def test_logits_have_a_gradient_for_the_losses(case, training):
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(T))
     assert probabilities.shape == (T, N) and (probabilities >= 0).all()
     coefficients = torch.randn(T, N, generator=torch.Generator().manual_seed(5))
-    if case[0] in CONSTANT:
-        assert not probabilities.requires_grad
+    if case[0] in CONSTANT | FROZEN:
+        assert not list(router.parameters()) and not probabilities.requires_grad
         return
     for gradient in torch.autograd.grad((probabilities * coefficients).sum(), list(router.parameters())):
         assert gradient.isfinite().all() and gradient.any()

@@ -184,3 +184,28 @@ def test_evaluation_has_no_penalty(generator):
 def test_bad_values_are_refused_when_the_config_is_made(options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+def test_a_moe_trainer_adds_the_entropy_loss_once_and_logs_it(tmp_path):
+    from hf_moe.trainers import MoeTrainer, MoeTrainingArguments
+
+    ids = torch.arange(12).view(2, 6) + 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MoeLlamaForCausalLM(make_config(4, 16, {"router_aux_loss_coef": 0.0}, entropy_coef=2.0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = MoeTrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    expected = model.train()(ids, labels=ids).loss.item()
+    trainer = MoeTrainer(model, arguments, train_dataset=data)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(expected, rel=1e-4)
+    assert logged["router_penalty"] == pytest.approx(2.0 * torch.tensor(4.0).log().item(), rel=0.05)
