@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from fashion_mnist import CLASSES, Pictures, load
 
 
 NULL = len(CLASSES)  # the class that stands for none
+ADAPTER_OPTIONS = ("architecture", "adapter_steps", "adapter_learning_rate")
 METHODS = ("cfg", "agd", "none")
 TITLES = {"cfg": "CFG, two predictions", "agd": "AGD, one prediction", "none": "no guidance, one prediction"}
 
@@ -56,13 +57,14 @@ class Settings:
     sampling_steps: int = 20
     scale_range: tuple[float, float] = (1.0, 6.0)
     trajectories: int = 160
+    architecture: str = "offset"
     adapter_width: int = 12
     adapter_steps: int = 250
     adapter_learning_rate: float = 3e-3
     scales: tuple[float, ...] = (2.0, 4.0)
     samples: int = 300
     rounds: int = 5
-    round_samples: int = 40
+    round_samples: int = 100
 
 
 PRESETS = {
@@ -189,7 +191,7 @@ def distil(base: nn.Module, settings: Settings, seed: int, folder: Path) -> tupl
     )  # fmt: skip
     trainer = GuidanceDistillationTrainer(
         copy.deepcopy(base), arguments, train_dataset=train, eval_dataset=held_out,
-        peft_config=AgdConfig(hidden_size=settings.adapter_width),
+        peft_config=AgdConfig(architecture=settings.architecture, hidden_size=settings.adapter_width),
     )  # fmt: skip
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -355,6 +357,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--preset", choices=sorted(PRESETS), default="short")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    for name in ADAPTER_OPTIONS:
+        kind = type(getattr(PRESETS["short"], name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="in place of the preset's")
     parser.add_argument("--data", help="folder with the idx files of Fashion-MNIST; from the Hub if left out")
     parser.add_argument("--output", type=Path, default=Path("agd-output"))
     return parser.parse_args(arguments)
@@ -365,7 +370,8 @@ def main(
 ) -> list[dict[str, Any]]:
     """`data` and `settings` are for tests; they replace `--data` and `--preset`."""
     args = parse_arguments(arguments)
-    settings = settings or PRESETS[args.preset]
+    given = {name: value for name, value in vars(args).items() if value is not None and name in ADAPTER_OPTIONS}
+    settings = replace(settings or PRESETS[args.preset], **given)
     data = data or load(args.data)
     args.output.mkdir(parents=True, exist_ok=True)
     x, y = pictures(data.train_images), torch.as_tensor(data.train_labels).long()

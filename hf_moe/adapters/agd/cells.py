@@ -4,7 +4,6 @@ Shapes: B batch, S tokens of the block, C keys (conditions), d width of the bloc
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -87,7 +86,10 @@ class OffsetCell(AgdCell):
         Returns:
             `torch.Tensor` of shape `(B or 1, 1, d)` or `(B or 1, d)`.
         """
-        encoded: Any = sum(key.mean(1) for key in self.keys(scale, conditions))  # (B, h)
+        encoded = self.scale(scale)  # (B, h)
+        for name, linear in self.project.items():
+            value = conditions[name].to(encoded.dtype)
+            encoded = encoded + linear(value if value.ndim == 2 else value.mean(1))
         added = self.mlp(encoded)  # (B, d)
         return added.reshape(len(added), *[1] * (x.ndim - 2), -1)
 
