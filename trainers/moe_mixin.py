@@ -29,10 +29,11 @@ class MoeTrainerMixin(_Trainer):
     What it does, over the class it is mixed into:
 
     - **Router losses.** Per optimizer step, router_aux_loss_coef * L_balance + router_z_loss_coef * L_z, and what
-      routers add themselves (`RouterOutput.penalty`), is added to the loss exactly once, with the statistics of `balance_mode` ([`~hf_moe.LoadBalancer`]), padding left out. TRL
-      computes its log-probabilities from the decoder's hidden states and never calls the model's own head; its own
-      auxiliary loss, Mixtral's formula over all layers pooled, is switched off. So is the one the model's head would
-      add: whichever path a loss takes, the trainer adds the router losses, and nobody else does.
+      routers add themselves (`RouterOutput.penalty`), is added to the loss exactly once, with the statistics of
+      `balance_mode` ([`~hf_moe.LoadBalancer`]), padding left out. TRL computes its log-probabilities from the
+      decoder's hidden states and never calls the model's own head; its own auxiliary loss, Mixtral's formula over all
+      layers pooled, is switched off. So is the one the model's head would add: whichever path a loss takes, the
+      trainer adds the router losses, and nobody else does.
     - **Optimizer steps.** The balancers are told the micro-batches and tokens of every step before it starts, the
       shorter last step of an epoch included. The coefficient is therefore independent of gradient accumulation and of
       the number of processes, whatever part of the tokens has labels.

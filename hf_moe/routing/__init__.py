@@ -34,6 +34,7 @@ _EXPORTS = {
     ".steps": ["BalanceSteps"],
     ".top_p": ["TopPRouter"],
     ".topk": ["SigmoidTopKRouter", "SoftmaxTopKRouter"],
+    ".tree": ["CometRouter", "DSelectKRouter", "leaf_order", "smooth_step"],
     ".variable": ["VariableLinearRouter", "VariableRouter"],
 }
 

@@ -21,7 +21,9 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
     __package__,
     {
         "activation": "activation",
+        "comet": "tree",
         "dense_to_sparse": "dense_to_sparse",
+        "dselect_k": "tree",
         "fixed_random": "fixed_random",
         "gating_residual": "gating_residual",
         "hash": "hashing",

@@ -72,6 +72,15 @@ OPTIONS["fixed_random"] = [
     ("everyone", {}, {"num_experts_per_tok": N}),
     ("top_1", {}, {"num_experts_per_tok": 1, "expert_capacity_factor": 0.75}),
 ]
+OPTIONS["comet"] = [
+    ("wide", {"gamma": 4.0, "entropy_coef": 0.0}, {"expert_capacity_factor": 0.75}),
+    ("capped", {"gamma": 3.0, "max_experts": 3, "norm_topk_prob": True}, {"num_experts_per_tok": 3}),
+    ("saturated", {"gamma": 0.05}, {}),
+]
+OPTIONS["dselect_k"] = [
+    ("wide", {"gamma": 4.0, "entropy_coef": 0.0}, {"expert_capacity_factor": 0.75}),
+    ("three", {"gamma": 3.0}, {"num_experts_per_tok": 3}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
