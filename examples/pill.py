@@ -83,6 +83,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="folder with the idx files of Fashion-MNIST; from the Hub by default")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--text-steps", type=int, help="steps on questions about words, before anything is frozen")
+    parser.add_argument("--text-share", type=float, default=0.0, help="share of the question steps that have words")
     parser.add_argument("--align-steps", type=int)
     parser.add_argument("--steps", type=int, help="steps on questions")
     parser.add_argument("--batch-size", type=int)
@@ -260,10 +261,12 @@ def run_one(method: str, seed: int, base: Any, tokenizer: Any, parts: dict[str, 
             model.set_stage("default", "instruct")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate(step)
-        batch = make_batch(parts["train"], tokenizer, args.batch_size, random, captions=float(aligning))
+        words = not aligning and args.text_share > 0 and random.random() < args.text_share
+        batch = make_batch(parts["train"], tokenizer, args.batch_size, random, captions=float(aligning), words=words)
         loss = answer_loss(answer_logits(model, projector, batch, adapted), batch)
         optimizer.zero_grad()
-        loss.backward()
+        if loss.requires_grad:  # words do not pass the projector
+            loss.backward()
         nn.utils.clip_grad_norm_([*weights, *projector.parameters()], 1.0)
         optimizer.step()
         losses.append(loss.item())
@@ -335,13 +338,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.hlines(statistics.mean(values), x - 0.25, x + 0.25, color="black")
         axis.axhline(chance, color="gray", linestyle=":", label="guessing")
         axis.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
-        axis.set(ylabel="accuracy, held out", ylim=(0, 1.02))
+        axis.set(ylabel="accuracy, held out", ylim=(0, 1.15))
     axes[0].set_title("pictures: What is top left?")
     axes[1].set_title("pictures: What is left?")
     axes[2].set_title("words: What is top left?")
     axes[2].axhline(result["base"]["place"], color="tab:red", linestyle=":", label="base")
-    for axis in axes[:3]:
-        axis.legend(loc="lower right")
+    for axis, corner in zip(axes[:3], ("upper right", "upper right", "lower center"), strict=True):
+        axis.legend(loc=corner)
     width = max(1, len(rows[0]["losses"]) // 30)
     for method in methods:
         curve = np.mean([row["losses"] for row in rows if row["method"] == method], axis=0)
@@ -349,7 +352,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes[3].plot(np.arange(len(smooth)) + width, smooth, label=method)
     axes[3].axvline(result["settings"]["align_steps"], color="gray", linestyle=":")
     axes[3].set(title="loss: captions, then questions (mean of seeds)", xlabel="step")
-    axes[3].legend(fontsize=8)
+    axes[3].set_ylim(0, 5)
+    axes[3].legend(ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

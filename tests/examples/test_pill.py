@@ -68,7 +68,9 @@ def test_words_stand_for_pictures_in_questions_about_text(example):
 
 
 def test_all_methods_are_trained_and_compared(example, toy, tmp_path, capsys):
-    options = "--text-steps 3 --align-steps 2 --steps 2 --batch-size 4 --held-out 8 --rank 2 --seeds 0 1"
+    options = (
+        "--text-steps 3 --align-steps 2 --steps 2 --batch-size 4 --held-out 8 --rank 2 --text-share 0.5 --seeds 0 1"
+    )
     result = example.main(["--data", str(toy), "--output", str(tmp_path / "out"), *options.split()])
     assert [(row["method"], row["seed"]) for row in result["rows"]] == [
         (m, s) for s in (0, 1) for m in example.METHODS
