@@ -6,7 +6,17 @@ from common.upcycling_toys import ids, logit_gap, tiny_dense
 from transformers import AutoModelForCausalLM
 
 from hf_moe import upcycle
-from hf_moe.upcycling import Drop, Hash, MoePlusPlusTarget, Normal, Split, VirtualGroups, WeightRule, Zeros
+from hf_moe.upcycling import (
+    Drop,
+    Hash,
+    MoePlusPlusTarget,
+    Normal,
+    Repeated,
+    Split,
+    VirtualGroups,
+    WeightRule,
+    Zeros,
+)
 
 
 BACKBONES = {"llama": "moe_llama", "qwen2": "moe_qwen2", "qwen3": "moe_qwen3", "gpt2": "moe_gpt2"}
@@ -267,3 +277,15 @@ def test_moe_plus_plus_says_what_it_cannot_start(arguments, message):
 def test_the_share_must_be_a_share():
     with pytest.raises(ValueError, match=r"`zero_computation_share` must be in \[0, 1\), got 1"):
         MoePlusPlusTarget(1)
+
+
+@pytest.mark.parametrize("router_type", ["comet", "dselect_k", "hash"])
+def test_routers_without_a_matrix_start_as_they_do_by_themselves(router_type, tmp_path):
+    dense, moe, _ = convert("llama", router_type=router_type)
+    assert logit_gap(dense, moe) <= 4e-6  # copies, and weights that sum to 1
+    moe.save_pretrained(tmp_path)
+    assert logit_gap(moe, AutoModelForCausalLM.from_pretrained(tmp_path).eval()) <= 1e-6
+    with pytest.raises(
+        ValueError, match=rf"`router=Repeated\(\.\.\.\)` makes a router matrix.* '{router_type}' has none"
+    ):
+        convert("llama", router_type=router_type, router=Repeated(2))

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from hf_moe.routing.registry import build_router
 from hf_moe.upcycling.feed_forward import DenseFeedForward
 from hf_moe.upcycling.plan import RouterStart, UpcyclePlan
+from hf_moe.upcycling.router_init.random import Normal
 from hf_moe.upcycling.statistics import required
 
 from .base import CheckpointTarget
@@ -99,6 +100,13 @@ class BackboneTarget(CheckpointTarget):
 
     def start_router(self, config, plan, rows, stats, generator, layer_idx):
         extra = {f"gate.{name}": tensor for name, tensor in router_state(config, plan, layer_idx).items()}
+        if rows is not None and extra and "gate.weight" not in extra:
+            if not isinstance(plan.router, Normal):  # the default
+                raise ValueError(
+                    f"`router={type(plan.router).__name__}(...)` makes a router matrix, and the router "
+                    f"{config.router_type!r} has none. Leave `router` out: it then starts as it does by itself."
+                )
+            rows = None
         if config.residual_expert:
             std = config.initializer_range
             extra["residual_gate.weight"] = std * torch.randn(2, plan.form.hidden_size, generator=generator)
