@@ -291,13 +291,14 @@ def draw(rows: list[dict], path: Path) -> None:
         is_first = row is next(other for other in rows if other["method"] == row["method"])
         label = row["method"] if is_first else None
         left.plot(*zip(*points, strict=True), marker=".", color=colours[row["method"]], alpha=0.7, label=label)
-    left.set(xlabel="forgetting (1: perplexity ten times that at the start)", ylabel="utility", ylim=(0, 1.05))
+    left.set(xlabel="forgetting (1: perplexity ten times that at the start)", ylabel="utility")
     left.legend(fontsize=8)
     for position, method in enumerate(methods):
         values = [row["balance"] for row in rows if row["method"] == method]
-        right.barh(position, statistics.mean(values), color=colours[method], alpha=0.5)
-        right.plot(values, [position] * len(values), "o", color=colours[method])
-    right.set(xlabel="best balance of forgetting and utility", xlim=(0, 1), yticks=range(len(methods)))
+        right.plot(values, [position] * len(values), "o", color=colours[method], alpha=0.7)
+        right.plot(statistics.mean(values), position, "|", color="black", markersize=16)
+    right.set(xlabel="best balance of forgetting and utility (bar: mean)", yticks=range(len(methods)))
+    right.grid(axis="x", alpha=0.3)
     right.set_yticklabels(methods)
     right.invert_yaxis()
     figure.savefig(path, dpi=120)
