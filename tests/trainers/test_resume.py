@@ -133,3 +133,30 @@ def test_other_models_resume_too(make, tmp_path):
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+SCHEDULED = {
+    "dense_to_sparse": {
+        "temperature": {"type": "exponential", "start": 2.0, "end": 0.3, "num_steps": 0.5},
+        "hard": {"type": "step", "at": 5},
+    },
+    "top_p": {"p": {"type": "linear", "start": 0.9, "end": 0.3, "num_steps": 6}},
+    "comet": {"entropy_coef": {"type": "linear", "start": 0.0, "end": 0.5, "num_steps": 6}},
+}
+
+
+@pytest.mark.parametrize("router_type", SCHEDULED)
+def test_routers_resume_in_the_middle_of_their_schedules(router_type, tmp_path):
+    config = {
+        "router_type": router_type,
+        "router_config": {"schedules": SCHEDULED[router_type]},
+        "router_bias_update_speed": 0.0,
+    }
+    whole = run("trainer", tmp_path / "whole", False, **config)
+    run("trainer", tmp_path / "part", False, callbacks=[Stop(4)], **config)
+    resumed = run("trainer", tmp_path / "part", False, resume=True, **config)
+    expected, actual = state_of(whole), state_of(resumed)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    assert any(name.endswith(f".gate.{buffer}") for name in expected for buffer in SCHEDULED[router_type])
