@@ -61,7 +61,7 @@ class MoeBlock(nn.Module):
         """
         shape = hidden_states.shape
         tokens = hidden_states.reshape(-1, shape[-1])  # (T, D)
-        _, weights, index, state, _ = self.gate(tokens, context)
+        _, weights, index, state, *_ = self.gate(tokens, context)
         output = self.mix(tokens, index, weights)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens)

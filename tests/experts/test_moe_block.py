@@ -42,7 +42,7 @@ def test_a_plain_block_is_router_and_experts(hidden_states):
     block = make_block()
     output, state = block(hidden_states)
     tokens = hidden_states.view(-1, D)
-    _, weights, index, _ = block.gate(tokens)
+    _, weights, index, *_ = block.gate(tokens)
     assert output.shape == hidden_states.shape and state is None
     assert torch.equal(output.view(-1, D), block.experts(tokens, index, weights))
     assert set(dict(block.named_children())) == {"gate", "experts"}
@@ -112,7 +112,7 @@ def test_residual_branch_mixes_experts_and_a_dense_expert_by_a_softmax(config_cl
 def test_zero_computation_experts_join_under_every_router(implementation, router_type, hidden_states):
     block = make_block(implementation, router_type=router_type, **ZERO_COMPUTATION)
     tokens = hidden_states.view(-1, D)
-    _, weights, index, _ = block.gate(tokens)
+    _, weights, index, *_ = block.gate(tokens)
     matrix = torch.zeros(18, N + 4).scatter_add(-1, index, weights)
     assert matrix[:, :N].any() and matrix[:, N:].any()
     eager = make_block("eager", router_type=router_type, **ZERO_COMPUTATION)
