@@ -338,6 +338,28 @@ def test_layers_can_be_chosen():
         assert trainable(model) and all(".layers.1." in name for name in trainable(model)), case.name
 
 
+def test_targets_can_be_a_regular_expression():
+    for case in CASES:
+        named = get_peft_model(case.model(), case.config())
+        targets = named.peft_config["default"].target_modules
+        if case.model is not tiny_llama or isinstance(targets, str) or not targets:
+            continue
+        pattern = rf".*\.({'|'.join(sorted(name.rpartition('.')[2] for name in targets))})"
+        model = get_peft_model(tiny_llama(), case.config(target_modules=pattern))
+        assert trainable(model) >= trainable(named), case.name  # MixDA chooses among named layers only
+
+
+def test_all_linear_is_every_linear_but_the_head_or_refused():
+    for name in ("toy_linear", "mosa_lora"):
+        case = next(case for case in CASES if case.name == name)
+        model = get_peft_model(tiny_llama(), case.config(target_modules="all-linear"))
+        adapted_names = {name.partition(".hfmoe_")[0].rpartition(".")[2] for name in trainable(model)}
+        assert adapted_names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    pill = next(case for case in CASES if case.name == "pill")
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(tiny_llama(), pill.config(target_modules="all-linear"))
+
+
 FRESH_PROCESS = """
 import sys
 {first}
