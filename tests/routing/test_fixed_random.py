@@ -113,8 +113,11 @@ def test_router_and_k_are_saved_and_never_drawn_again(tmp_path, generator):
         again, info = MoeLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.randint(0, 50, (2, 6), generator=generator)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(again.get_buffer(name), buffer), name
     assert all(router.k == 5 for router in find_routers(again).values())
-    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    # Not bit by bit: loaded tensors may lie at other offsets in memory, and products round by them.
+    torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits)
 
 
 def test_layers_draw_different_routers():

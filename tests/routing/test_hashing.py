@@ -65,7 +65,8 @@ def test_the_table_is_saved_and_loaded(tmp_path, generator):
     for dtype in (torch.float32, torch.bfloat16):
         again = MoeLlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
         assert all(torch.equal(router.table, balanced) for router in find_routers(again).values())
-    assert torch.equal(MoeLlamaForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+    again = MoeLlamaForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
 
 def test_generation_with_a_cache_follows_the_ids(generator):

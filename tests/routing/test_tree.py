@@ -209,7 +209,8 @@ def test_models_train_under_checkpointing_and_reload(router_type, tmp_path, gene
     model.eval().save_pretrained(tmp_path)
     again, info = MoeLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    # Not bit by bit: loaded tensors may lie at other offsets in memory, and products round by them.
+    torch.testing.assert_close(again.eval()(ids).logits, model(ids).logits)
 
 
 def test_nodes_start_in_the_middle_of_their_step():
