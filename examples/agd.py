@@ -55,13 +55,13 @@ class Settings:
     base_learning_rate: float = 2e-3
     classifier_steps: int = 1000
     sampling_steps: int = 20
-    scale_range: tuple[float, float] = (1.0, 6.0)
+    scale_range: tuple[float, float] = (1.0, 3.0)
     trajectories: int = 160
-    architecture: str = "offset"
+    architecture: str = "cross_attention"
     adapter_width: int = 12
-    adapter_steps: int = 250
-    adapter_learning_rate: float = 3e-3
-    scales: tuple[float, ...] = (2.0, 4.0)
+    adapter_steps: int = 400
+    adapter_learning_rate: float = 1e-2
+    scales: tuple[float, ...] = (1.5, 2.5)
     samples: int = 300
     rounds: int = 5
     round_samples: int = 100
@@ -71,7 +71,8 @@ PRESETS = {
     "short": Settings(),
     "full": Settings(
         width=128, layers=6, base_steps=12_000, batch_size=128, base_learning_rate=1e-3, trajectories=2000,
-        adapter_width=24, adapter_steps=5000, adapter_learning_rate=1e-3, scales=(1.5, 2.0, 3.0, 4.0, 6.0),
+        adapter_width=24, adapter_steps=5000, adapter_learning_rate=1e-3, scale_range=(1.0, 6.0),
+        scales=(1.5, 2.0, 3.0, 4.0, 6.0),
         samples=5000, rounds=15,
     ),
 }  # fmt: skip
