@@ -364,8 +364,8 @@ FRESH_PROCESS = """
 import sys
 {first}
 from transformers import LlamaForCausalLM
-model = LlamaForCausalLM.from_pretrained(sys.argv[1])
 for folder in sys.argv[2:]:
+    model = LlamaForCausalLM.from_pretrained(sys.argv[1])
     try:
         model.load_adapter(folder, adapter_name=folder.rpartition("/")[2])
         print("loaded")

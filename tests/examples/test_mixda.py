@@ -53,6 +53,10 @@ def test_no_paragraph_of_a_task_was_trained_on(example):
     task = example.task_of("licences", 4)
     seen = " ".join(" ".join(text.split()) for text in load_corpus("licences").train)
     assert len(task) == 4 and not any(paragraph in seen for texts in task for paragraph in texts)
+
+
+def test_few_examples_are_drawn_from_each_class(example):
+    task = [[f"{label}, paragraph {i}" for i in range(size)] for label, size in enumerate((9, 20, 8, 30))]
     train, test = example.few_shot(task, 3, 5, seed=0)
     assert len(train) == 12 and {row["label"] for row in test} == {0, 1, 2, 3}
     assert not {row["text"] for row in train} & {row["text"] for row in test}
