@@ -36,7 +36,8 @@ def stripes(example, number, seed):
 def test_the_story_runs_at_its_smallest(example, tmp_path):
     settings = example.Settings(
         width=16, layers=2, base_steps=6, batch_size=8, classifier_steps=6, sampling_steps=3, trajectories=10,
-        adapter_width=4, adapter_steps=3, scales=(1.5, 2.5), samples=20, rounds=1, round_samples=4,
+        adapter_width=4, adapter_steps=3, scale_range=(1.0, 4.0), scales=(2.0, 4.0), samples=20, rounds=1,
+        round_samples=4,
     )  # fmt: skip
     data = example.Pictures(*stripes(example, 60, 0), *stripes(example, 40, 1))
     runs = example.main(["--seeds", "0", "1", "--output", str(tmp_path)], data, settings)
