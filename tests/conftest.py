@@ -21,8 +21,8 @@ os.environ.update(
 )
 for _name in ("HF_ENDPOINT", "HF_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
     os.environ.pop(_name, None)
-# Beside other test processes one thread each: more of them only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# One thread per test process, of which there are two: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
