@@ -58,7 +58,7 @@ class AgdCell(nn.Module):
 
     def constant(self, scale: torch.Tensor) -> torch.Tensor:
         """What is added to each token when only the scale counts, `(B, d)`."""
-        raise NotImplementedError(f"{type(self).__name__} has no constant.")
+        raise TypeError(f"{type(self).__name__} must override `constant`.")
 
 
 class OffsetCell(AgdCell):
