@@ -14,6 +14,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples"
 def load_example(name: str) -> ModuleType:
     """The module in `examples/<name>.py`; `name` may have a folder, as in `"benchmarks/adapters"`."""
     path = FOLDER / f"{name}.py"
+    if str(path.parent) not in sys.path:  # where a script's own folder is
+        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
