@@ -9,13 +9,14 @@ from hf_moe.registration import load_modeling
 __all__ = ["MoeConfigMixin", "parse_moe_layers"]
 
 
-def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int) -> list[int]:
+def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int, name: str = "moe_layers") -> list[int]:
     """Which decoder layers are MoE layers.
 
     Args:
         moe_layers (`str` or `list[int]`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...), `"first_half"`,
             `"second_half"`, or indices.
         num_hidden_layers (`int`): Number of decoder layers.
+        name (`str`, defaults to `"moe_layers"`): What messages call the first argument.
 
     Returns:
         `list[int]`: Sorted indices.
@@ -36,21 +37,21 @@ def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int) -> lis
             chosen = everything[int(step) - 1 :: int(step)]
         else:
             raise ValueError(
-                f"`moe_layers` must be 'all', 'every:<step>', 'first_half', 'second_half' or a list of layer indices, "
+                f"`{name}` must be 'all', 'every:<step>', 'first_half', 'second_half' or a list of layer indices, "
                 f"got {moe_layers!r}."
             )
     else:
         outside = [i for i in moe_layers if not 0 <= i < num_hidden_layers]
         if outside:
             raise ValueError(
-                f"`moe_layers` has {outside}, but the model has {num_hidden_layers} layers: use indices from 0 to "
+                f"`{name}` has {outside}, but the model has {num_hidden_layers} layers: use indices from 0 to "
                 f"{num_hidden_layers - 1}."
             )
         if len(set(moe_layers)) != len(moe_layers):
-            raise ValueError(f"`moe_layers` names a layer twice: {list(moe_layers)}.")
+            raise ValueError(f"`{name}` names a layer twice: {list(moe_layers)}.")
         chosen = sorted(moe_layers)
     if not chosen:
-        raise ValueError(f"`moe_layers={moe_layers!r}` selects none of the {num_hidden_layers} layers.")
+        raise ValueError(f"`{name}={moe_layers!r}` selects none of the {num_hidden_layers} layers.")
     return chosen
 
 
@@ -226,6 +227,14 @@ class MoeConfigMixin:
 
         return experts_class(self.expert_type)
 
+    def validate_moe_layers(self) -> None:
+        """Refuses a choice of layers that cannot be.
+
+        Raises:
+            ValueError: see [`parse_moe_layers`].
+        """
+        parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+
     def validate_architecture(self):
         """Cross-field rules, checked when the config is constructed and saved.
 
@@ -249,7 +258,7 @@ class MoeConfigMixin:
                 f"`num_experts_per_tok` must be between 1 and the number of experts ({targets}), got "
                 f"{self.num_experts_per_tok}."
             )
-        parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+        self.validate_moe_layers()
         for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

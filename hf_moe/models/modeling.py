@@ -246,7 +246,7 @@ class MoeDecoderLayerMixin:
 class MoeModelMixin:
     """Goes in front of the dense base model: swaps the layers in and tells routers what they may want to know."""
 
-    #: The decoder layer class of the backbone and the name of the list that holds the layers.
+    #: The layer class of the backbone and the path of the list that holds the layers.
     moe_layer_class: type
     layers_attribute = "layers"
 
@@ -254,7 +254,7 @@ class MoeModelMixin:
         # `from_pretrained(folder, num_experts_per_tok=...)` sets fields after the config was checked.
         self.config.validate_architecture()
         # The dense `__init__` ends with `post_init`: the last moment before weights are initialised.
-        layers = getattr(self, self.layers_attribute)
+        layers: Any = self.get_submodule(self.layers_attribute)
         for index in range(len(layers)):
             layers[index] = self.moe_layer_class(self.config, index)
         self.load_balancer = LoadBalancer.from_config(self.config)
@@ -273,34 +273,55 @@ class MoeModelMixin:
         **kwargs,
     ) -> MoeModelOutput:
         """The dense model's forward, with router logits and indices recorded where `output_router_logits`."""
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = super().forward(
+        outputs = self.routed_forward(
+            output_router_logits,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            output_router_indices=output_router_logits,
-            output_router_penalties=output_router_logits,
-            routing_context=self.routing_context(input_ids, attention_mask, inputs_embeds),
             **kwargs,
         )
-        router_logits = outputs.get("router_logits")
-        if self.config.num_zero_computation_experts and router_logits:
-            router_logits = tuple(logits[:, : self.config.num_experts] for logits in router_logits)
         return MoeModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=router_logits,
-            router_indices=outputs.get("router_indices"),
-            all_router_logits=outputs.get("router_logits"),
-            router_penalties=outputs.get("router_penalties") or None,
+            **self.routing_fields(outputs),
         )
+
+    def routed_forward(self, output_router_logits: bool | None, **inputs) -> Any:
+        """The dense model's output for `inputs`, its layers told what routers may want to know, with what they record.
+
+        Args:
+            output_router_logits (`bool`, *optional*): Record; `config.output_router_logits` by default.
+            **inputs: Of the dense forward.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        context = self.routing_context(
+            inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        )
+        return super().forward(
+            output_router_logits=output_router_logits,
+            output_router_indices=output_router_logits,
+            output_router_penalties=output_router_logits,
+            routing_context=context,
+            **inputs,
+        )
+
+    def routing_fields(self, outputs: Any) -> dict[str, Any]:
+        """The router fields of [`MoeModelOutput`] from what [`~MoeModelMixin.routed_forward`] returned."""
+        router_logits = outputs.get("router_logits")
+        if self.config.num_zero_computation_experts and router_logits:
+            router_logits = tuple(logits[:, : self.config.num_experts] for logits in router_logits)
+        return {
+            "router_logits": router_logits,
+            "router_indices": outputs.get("router_indices"),
+            "all_router_logits": outputs.get("router_logits"),
+            "router_penalties": outputs.get("router_penalties") or None,
+        }
 
     def routing_context(
         self,
@@ -341,13 +362,24 @@ class RouterLossesMixin:
         """
         if not outputs.all_router_logits or not self.adds_router_losses:
             return None
-        routers = [block.gate for _, block in self.base_model.moe_blocks()]
-        penalties = outputs.router_penalties or [None] * len(routers)
-        recorded = (outputs.all_router_logits, outputs.router_indices, penalties)
-        layers = [LayerRouting.from_router(*layer) for layer in zip(routers, *recorded, strict=True)]
-        balancer = self.base_model.load_balancer
+        recorded = (outputs.all_router_logits, outputs.router_indices, outputs.router_penalties)
+        return self.begin_balance_of(self.base_model, recorded, self.base_model.routing_context(*inputs).token_mask)
+
+    def begin_balance_of(self, trunk: Any, recorded: tuple, token_mask: torch.Tensor | None) -> PendingBalance:
+        """`begin_balance` for one stack of layers.
+
+        Args:
+            trunk: What has the layers, `moe_blocks` and a `load_balancer`.
+            recorded (`tuple`): Its router logits, indices and penalties (or `None`), one of each per MoE layer.
+            token_mask (`torch.Tensor` of shape `(T,)`, *optional*): The mask its routers saw.
+        """
+        routers = [block.gate for _, block in trunk.moe_blocks()]
+        logits, indices, penalties = recorded
+        rows = zip(routers, logits, indices, penalties or [None] * len(routers), strict=True)
+        layers = [LayerRouting.from_router(*row) for row in rows]
+        balancer = trunk.load_balancer
         balancer.z_loss = self.config.router_z_loss_coef > 0  # the config may have changed since the model was built
-        return balancer.begin(layers, self.base_model.routing_context(*inputs).token_mask)
+        return balancer.begin(layers, token_mask)
 
     def add_router_losses(
         self,
