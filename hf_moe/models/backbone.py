@@ -7,7 +7,7 @@ families in nothing but their dense parents, so they are made from the declarati
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import ClassVar
 
 from hf_moe.registration import LOCK, register_config
 
@@ -41,6 +41,10 @@ class Backbone:
     layers_attribute: str = "layers"
     layer_mixin: str | None = None
 
+    #: Suffixes of the classes that enter an Auto table, and of the others.
+    heads: ClassVar[tuple[str, ...]] = HEADS
+    parts: ClassVar[tuple[str, ...]] = ("PreTrainedModel", "DecoderLayer")
+
     @property
     def name(self) -> str:
         """`"MoeLlama"` for `MoeLlamaConfig`."""
@@ -49,7 +53,7 @@ class Backbone:
     @property
     def class_names(self) -> list[str]:
         """Names of the model classes."""
-        return [f"{self.name}PreTrainedModel", f"{self.name}DecoderLayer", *(self.name + head for head in HEADS)]
+        return [self.name + suffix for suffix in (*self.parts, *self.heads)]
 
     def build(self) -> dict[str, type]:
         """Makes the classes and sets them on the declaring package.
@@ -59,14 +63,21 @@ class Backbone:
         """
         package = importlib.import_module(self.package)
         with LOCK:
-            if self.name + HEADS[-1] not in vars(package):  # the last one made
-                self._make_classes(package)
+            if self.name + self.heads[-1] not in vars(package):  # the last one made
+                self.make_classes()
         return {
             f"Auto{head}" if head == "Model" else f"AutoModel{head}": getattr(package, self.name + head)
-            for head in HEADS
+            for head in self.heads
         }
 
-    def _make_classes(self, package: ModuleType) -> None:
+    def make(self, suffix: str, bases: tuple[type, ...], doc: str, **attributes) -> type:
+        """Makes the class `<name><suffix>` and sets it on the declaring package."""
+        made = type(self.name + suffix, bases, {"__module__": self.package, "__doc__": doc, **attributes})
+        setattr(importlib.import_module(self.package), made.__name__, made)
+        return made
+
+    def make_classes(self) -> None:
+        """Makes all of them; the last of `heads` comes last."""
         from transformers import GenerationMixin
         from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
@@ -77,12 +88,7 @@ class Backbone:
         dense_layer = getattr(dense, self.layer or f"{self.prefix}DecoderLayer")
         dense_lm = getattr(dense, self.causal_lm or f"{self.prefix}ForCausalLM")
 
-        def make(suffix: str, bases: tuple[type, ...], doc: str, **attributes) -> type:
-            namespace = {"__module__": self.package, "__doc__": doc, **attributes}
-            made = type(self.name + suffix, bases, namespace)
-            setattr(package, made.__name__, made)
-            return made
-
+        make = self.make
         layer = make("DecoderLayer", (self._layer_mixin(moe), dense_layer), "A layer that may hold a `MoeBlock`.")
         base = make(
             "PreTrainedModel",
@@ -133,12 +139,21 @@ class Backbone:
         return getattr(importlib.import_module(module, self.package), name)
 
 
-def declare_backbone(package: str, config_class: type, dense_module: str, prefix: str, **options) -> Callable:
+def declare_backbone(
+    package: str,
+    config_class: type,
+    dense_module: str,
+    prefix: str,
+    *,
+    kind: type[Backbone] = Backbone,
+    **options,
+) -> Callable:
     """Registers a backbone's config and returns the `__getattr__` that makes its classes on first use.
 
     Args:
         package (`str`): `__name__` of the declaring package.
         config_class, dense_module, prefix, **options: See [`Backbone`].
+        kind (`type`, defaults to [`Backbone`]): A subclass for models that are no plain decoders.
 
     Returns:
         `Callable`: To be bound to the package's `__getattr__`.
@@ -149,7 +164,7 @@ def declare_backbone(package: str, config_class: type, dense_module: str, prefix
     __getattr__ = declare_backbone(__name__, MoeLlamaConfig, "transformers.models.llama.modeling_llama", "Llama")
     ```
     """
-    backbone = Backbone(package, config_class, dense_module, prefix, **options)
+    backbone = kind(package, config_class, dense_module, prefix, **options)
     register_config(config_class, backbone.build)
 
     def __getattr__(name: str) -> type:

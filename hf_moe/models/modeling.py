@@ -49,8 +49,8 @@ class MoeModelOutput(MoeModelOutputWithPast):
     """Base-model output. `router_indices` is a tuple, one per MoE layer, of int64 tensors of shape `(T, K)`.
 
     `all_router_logits` are `(T, N)`, zero-computation experts included. `router_logits` here are those of the
-    `config.num_experts` feed-forward experts alone: TRL computes an auxiliary loss from a base model's output, and
-    fails on more columns than that. Outputs of heads have all of them in `router_logits`.
+    feed-forward experts alone: TRL computes an auxiliary loss from a base model's output, and fails on more columns
+    than `config.num_experts`. Outputs of heads have all of them in `router_logits`.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -315,7 +315,8 @@ class MoeModelMixin:
         """The router fields of [`MoeModelOutput`] from what [`~MoeModelMixin.routed_forward`] returned."""
         router_logits = outputs.get("router_logits")
         if self.config.num_zero_computation_experts and router_logits:
-            router_logits = tuple(logits[:, : self.config.num_experts] for logits in router_logits)
+            idle = self.config.num_zero_computation_experts
+            router_logits = tuple(logits[:, :-idle] for logits in router_logits)
         return {
             "router_logits": router_logits,
             "router_indices": outputs.get("router_indices"),
