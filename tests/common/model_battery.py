@@ -1,4 +1,4 @@
-"""Tiny models of every type in `hf_moe.models.MODEL_TYPES`, for the facts every type must satisfy.
+"""Tiny models of every type in `hf_moe.models.MODEL_TYPES`, for the facts every decoder must satisfy.
 
 A new type enters by its line in `MODEL_TYPES`; give it an entry in `SIZES` if the common sizes do not fit it.
 """
@@ -8,6 +8,7 @@ import contextlib
 import torch
 from torch import nn
 
+import hf_moe
 from hf_moe.models import MODEL_TYPES, config_class
 from hf_moe.routing import BaseRouter
 
@@ -25,7 +26,10 @@ __all__ = [
     "seeded",
 ]
 
-TYPES = sorted(MODEL_TYPES)
+# Types with a causal language model. Encoders have files of their own beside those that go through this list.
+TYPES = sorted(
+    t for t, (_, config) in MODEL_TYPES.items() if config.replace("Config", "ForCausalLM") in hf_moe.__all__
+)
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 VOCABULARY = 64
 
