@@ -11,6 +11,7 @@ from torch import nn
 from .experts.dense import DenseExpert
 from .experts.registry import build_experts
 from .experts.zero_computation import ZeroComputationExperts
+from .layer_config import layer_config
 from .routing.output import RoutingContext
 from .routing.registry import build_router
 
@@ -23,15 +24,17 @@ class MoeBlock(nn.Module):
     expert-parallel plans, quantizers and PEFT's `target_parameters` look for.
 
     y = sum_k w_k E_k(x) + shared(x), or with a residual branch (PR-MoE, DeepSpeed-MoE 2201.05596, Sec. 4.1)
-    y = c_0 MoE(x) + c_1 F(x), c = softmax(W x).
+    y = c_0 MoE(x) + c_1 F(x), c = softmax(W x + b); with `residual_combine="sum"`, y = MoE(x) + F(x).
 
     Args:
-        config: A model config with the fields of [`MoeConfigMixin`].
+        config: A model config with the fields of [`MoeConfigMixin`]; where its `num_experts` is a list, the block has
+            the number of its layer.
         layer_idx (`int`): Index of the decoder layer.
     """
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
+        config = layer_config(config, layer_idx)
         self.num_experts = config.num_experts
         self.gate = build_router(config, layer_idx)
         self.experts = build_experts(config)
@@ -45,7 +48,8 @@ class MoeBlock(nn.Module):
                 self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
         if config.residual_expert:
             self.residual_expert = DenseExpert(config, config.intermediate_width)
-            self.residual_gate = nn.Linear(config.hidden_size, 2)
+            if config.residual_combine == "softmax":
+                self.residual_gate = nn.Linear(config.hidden_size, 2)
 
     def forward(
         self, hidden_states: torch.Tensor, context: RoutingContext | None = None
@@ -69,8 +73,11 @@ class MoeBlock(nn.Module):
                 shared = torch.sigmoid(self.shared_gate(tokens)) * shared
             output = output + shared
         if self.residual_expert is not None:
-            c = torch.softmax(self.residual_gate(tokens), dim=-1)  # (T, 2)
-            output = c[:, :1] * output + c[:, 1:] * self.residual_expert(tokens)
+            dense = self.residual_expert(tokens)
+            if self.residual_gate is not None:
+                c = torch.softmax(self.residual_gate(tokens), dim=-1)  # (T, 2)
+                output, dense = c[:, :1] * output, c[:, 1:] * dense
+            output = output + dense
         return output.reshape(shape), state
 
     def mix(self, tokens: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

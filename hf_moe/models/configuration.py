@@ -3,18 +3,21 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_moe.layer_config import layer_config
 from hf_moe.registration import load_modeling
 
 
 __all__ = ["MoeConfigMixin", "parse_moe_layers"]
+
+RESIDUAL_COMBINES = ("softmax", "sum")
 
 
 def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int, name: str = "moe_layers") -> list[int]:
     """Which decoder layers are MoE layers.
 
     Args:
-        moe_layers (`str` or `list[int]`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...), `"first_half"`,
-            `"second_half"`, or indices.
+        moe_layers (`str` or `list[int]`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...), `"every:m:i"` (layers
+            i, i + m, ...), `"first_half"`, `"second_half"`, or indices.
         num_hidden_layers (`int`): Number of decoder layers.
         name (`str`, defaults to `"moe_layers"`): What messages call the first argument.
 
@@ -33,8 +36,8 @@ def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int, name: 
             chosen = everything[: num_hidden_layers // 2]
         elif moe_layers == "second_half":
             chosen = everything[num_hidden_layers // 2 :]
-        elif kind == "every" and step.isdigit() and int(step) > 0:
-            chosen = everything[int(step) - 1 :: int(step)]
+        elif kind == "every" and (steps := _steps(step)) is not None:
+            chosen = everything[steps]
         else:
             raise ValueError(
                 f"`{name}` must be 'all', 'every:<step>', 'first_half', 'second_half' or a list of layer indices, "
@@ -55,13 +58,21 @@ def parse_moe_layers(moe_layers: str | list[int], num_hidden_layers: int, name: 
     return chosen
 
 
+def _steps(text: str) -> slice | None:
+    step, _, first = text.partition(":")
+    if not (step.isdigit() and int(step) > 0) or not (first.isdigit() or (not first and not text.endswith(":"))):
+        return None
+    return slice(int(first) if first else int(step) - 1, None, int(step))
+
+
 @dataclass(kw_only=True)
 class MoeConfigMixin:
     """Fields that turn a dense config into a MoE config. Put it before the dense config class:
     `class MoeLlamaConfig(MoeConfigMixin, LlamaConfig)`.
 
     Args:
-        num_experts (`int`, defaults to 8): Feed-forward experts per MoE layer, N.
+        num_experts (`int` or `list[int]`, defaults to 8): Feed-forward experts per MoE layer, N; a list has the number
+            of each MoE layer, first to last (the pyramid of PR-MoE).
         num_experts_per_tok (`int`, defaults to 2): Experts each token is sent to, K.
         moe_layers (`str` or `list[int]`, defaults to `"all"`): See [`parse_moe_layers`].
         moe_intermediate_size (`int`, *optional*): Width I of one expert; the dense feed-forward's by default.
@@ -72,6 +83,8 @@ class MoeConfigMixin:
         shared_expert_intermediate_size (`int`, *optional*): Width of one; `moe_intermediate_size` by default.
         shared_expert_gate (`bool`, defaults to `False`): Weigh them with a sigmoid gate (Qwen2-MoE).
         residual_expert (`bool`, defaults to `False`): A dense branch beside the experts (PR-MoE).
+        residual_combine (`str`, defaults to `"softmax"`): `"softmax"` weighs experts and dense branch token by token
+            with a learned softmax, as the released code; `"sum"` adds them, as the paper's text.
         num_zero_experts, num_copy_experts, num_constant_experts (`int`, default 0): Zero-computation experts (MoE++).
         expert_capacity_factor (`float`, *optional*): Capacity in training; `None` drops nothing.
         router_tau (`float`, defaults to 1.0): Weight of zero-computation experts in balance loss and capacity.
@@ -86,7 +99,7 @@ class MoeConfigMixin:
         upcycling (`dict`, *optional*): Provenance written by [`upcycle`].
     """
 
-    num_experts: int = 8
+    num_experts: int | list[int] = 8
     num_experts_per_tok: int = 2
     moe_layers: str | list[int] = "all"
     moe_intermediate_size: int | None = None
@@ -97,6 +110,7 @@ class MoeConfigMixin:
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
     residual_expert: bool = False
+    residual_combine: str = "softmax"
     num_zero_experts: int = 0
     num_copy_experts: int = 0
     num_constant_experts: int = 0
@@ -170,9 +184,18 @@ class MoeConfigMixin:
         return self.num_zero_experts + self.num_copy_experts + self.num_constant_experts
 
     @property
+    def experts_per_layer(self) -> list[int]:
+        """Feed-forward experts of each MoE layer, first to last."""
+        counts = self.num_experts
+        return list(counts) if isinstance(counts, (list, tuple)) else [counts] * len(self.moe_layer_indices)
+
+    @property
     def num_routing_targets(self) -> int:
-        """Everything a router can choose: feed-forward and zero-computation experts."""
-        return self.num_experts + self.num_zero_computation_experts
+        """Everything a router can choose: feed-forward and zero-computation experts; of the widest layer, where the
+        layers differ."""
+        counts = self.num_experts
+        widest = max(counts) if isinstance(counts, (list, tuple)) else counts
+        return widest + self.num_zero_computation_experts
 
     @property
     def moe_layer_indices(self) -> list[int]:
@@ -247,12 +270,12 @@ class MoeConfigMixin:
         from hf_moe.routing.load_balancer import validate_balance_options
         from hf_moe.routing.registry import validate_router
 
-        if self.num_experts < 1:
-            raise ValueError(f"`num_experts` must be at least 1, got {self.num_experts}.")
+        parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+        counts = self._validate_num_experts(len(self.moe_layer_indices))
         for name in ("num_shared_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
-        targets = self.num_routing_targets
+        targets = min(counts) + self.num_zero_computation_experts
         if not 1 <= self.num_experts_per_tok <= targets:
             raise ValueError(
                 f"`num_experts_per_tok` must be between 1 and the number of experts ({targets}), got "
@@ -262,6 +285,10 @@ class MoeConfigMixin:
         for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.residual_combine not in RESIDUAL_COMBINES:
+            raise ValueError(
+                f"`residual_combine` must be one of {list(RESIDUAL_COMBINES)}, got {self.residual_combine!r}."
+            )
         if self.expert_capacity_factor is not None and not self.expert_capacity_factor > 0:
             raise ValueError(
                 "`expert_capacity_factor` must be above 0, or None to drop nothing, got "
@@ -275,4 +302,24 @@ class MoeConfigMixin:
         validate_balance_options(self.balance_mode, self.balance_local_fraction, self.router_bias_update_speed)
         if self.expert_type is not None:
             experts_class(self.expert_type)
-        validate_router(self)
+        if not isinstance(self.num_experts, (list, tuple)):
+            validate_router(self)
+        else:  # one layer of each size
+            for layer in dict(zip(counts, self.moe_layer_indices, strict=True)).values():
+                validate_router(layer_config(self, layer))
+
+    def _validate_num_experts(self, num_moe_layers: int) -> list[int]:
+        """The number of each MoE layer, or the one number of all."""
+        counts = self.num_experts
+        if isinstance(counts, (list, tuple)):
+            if len(counts) != num_moe_layers:
+                raise ValueError(
+                    f"`num_experts` must be one number or a list with one for each of the {num_moe_layers} MoE layers "
+                    f"(`moe_layers={self.moe_layers!r}`), got {len(counts)}: {list(counts)}."
+                )
+            if min(counts) < 1:
+                raise ValueError(f"`num_experts` must be at least 1 in every MoE layer, got {list(counts)}.")
+            return list(counts)
+        if counts < 1:
+            raise ValueError(f"`num_experts` must be at least 1, got {counts}.")
+        return [counts]

@@ -6,6 +6,7 @@ attention backends stay transformers' own.
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, N experts, K per token.
 """
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -421,6 +422,8 @@ class MoeForCausalLMMixin(RouterLossesMixin):
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if len(set(config.experts_per_layer)) > 1:
+            self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
         self.post_init()
 
     @can_return_tuple
@@ -470,6 +473,19 @@ class MoeForCausalLMMixin(RouterLossesMixin):
             attentions=outputs.attentions,
             router_logits=outputs.all_router_logits,
             router_indices=outputs.router_indices,
+        )
+
+
+def _refuse_pooled_loss(model: Any, _args: tuple, kwargs: dict[str, Any]) -> None:
+    """TRL puts a forward of its own in place of the model's. Its auxiliary loss pools the layers, so they would have
+    to be of one size; the error it ends in names neither the cause nor the way out."""
+    if not kwargs.get("output_router_logits") or "forward" not in vars(model):
+        return
+    if str(getattr(inspect.unwrap(model.forward), "__module__", "")).startswith("trl."):
+        raise ValueError(
+            f"`num_experts` is {model.config.num_experts}, but the auxiliary loss of a stock TRL trainer needs the "
+            "same number in every layer. Use `MoeSFTTrainer` or `MoeDPOTrainer` of `hf_moe.trainers`, or set "
+            "`router_aux_loss_coef=0.0`."
         )
 
 

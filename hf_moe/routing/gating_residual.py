@@ -64,7 +64,8 @@ class GatingResidualRouter(BaseRouter):
         is_first = layer_idx == config.moe_layer_indices[0]
         self.residual_weight = None
         if residual and not is_first:
-            self.residual_weight = nn.Parameter(torch.empty(self.num_experts, self.num_experts))
+            previous = getattr(config, "previous_num_routing_targets", self.num_experts)
+            self.residual_weight = nn.Parameter(torch.empty(self.num_experts, previous))
         self.reset_parameters()
 
     @classmethod

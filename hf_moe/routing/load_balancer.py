@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
+from hf_moe.layer_config import layer_config
+
 from .balance import (
     balance_value,
     count_tokens,
@@ -124,6 +126,9 @@ class LoadBalancer(nn.Module):
     ```
     """
 
+    #: True beside the decoder of an encoder-decoder model, whose tokens are the targets.
+    counts_targets: bool = False
+
     counts: torch.Tensor  # (L, N), of this step: all ranks in `running` and `blend`, else this rank
     previous_counts: torch.Tensor  # (L, N), of the step before
     num_tokens: torch.Tensor
@@ -173,10 +178,11 @@ class LoadBalancer(nn.Module):
         Args:
             config: Has `balance_mode`, `balance_local_fraction`, `router_z_loss_coef`, `router_bias_update_speed`.
             num_experts (`Sequence[int]`, *optional*): Experts of each MoE layer; by default
-                `config.num_routing_targets` for each of `config.moe_layer_indices`.
+                `num_routing_targets` of each of `config.moe_layer_indices`.
         """
         if num_experts is None:
-            num_experts = [config.num_routing_targets] * len(config.moe_layer_indices)
+            layers = config.moe_layer_indices
+            num_experts = [layer_config(config, layer).num_routing_targets for layer in layers]
         return cls(
             num_experts,
             mode=config.balance_mode,

@@ -6,6 +6,7 @@ import types
 import typing
 from typing import TYPE_CHECKING, Any
 
+from hf_moe.layer_config import layer_config
 from hf_moe.named_classes import NamedClasses
 
 
@@ -112,4 +113,5 @@ def validate_router(config: Any) -> None:
 
 def build_router(config: Any, layer_idx: int) -> "BaseRouter":
     """The router of layer `layer_idx` as `config` describes it."""
+    config = layer_config(config, layer_idx)
     return router_class(config.router_type)(config, layer_idx, **config.router_config)

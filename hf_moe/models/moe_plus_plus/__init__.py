@@ -55,6 +55,11 @@ class MoePlusPlusConfig(MoeConfigMixin, LlamaConfig):
 
     def __post_init__(self, **kwargs):
         if self.num_constant_experts is None:
+            if not isinstance(self.num_experts, int):
+                raise ValueError(
+                    "`num_constant_experts=None` is derived from one number of experts, but `num_experts` is a list, "
+                    f"{self.num_experts}. Give the number of constant experts."
+                )
             self.num_constant_experts = max(self.num_experts // 4 - self.num_zero_experts - self.num_copy_experts, 1)
         super().__post_init__(**kwargs)
 

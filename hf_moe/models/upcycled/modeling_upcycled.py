@@ -6,12 +6,12 @@ Shapes: B batch, S sequence, T = B * S tokens, D hidden.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_moe.layer_config import LayerConfig
 from hf_moe.layers import MoeBlock
 from hf_moe.models.modeling import MoePreTrainedMixin
 from hf_moe.routing.load_balancer import LayerRouting, LoadBalancer
@@ -65,9 +65,10 @@ class UpcycledMixin(MoePreTrainedMixin):
         self._noted = [] if kwargs.pop("output_router_logits", False) else None
         return args, kwargs
 
-    def _note_router_logits(self, _router: nn.Module, _args: tuple, output: RouterOutput) -> None:
+    def _note_router_logits(self, router: Any, _args: tuple, output: RouterOutput) -> None:
         if self._noted is not None:
-            self._noted.append(output.router_logits[:, : self.config.num_experts])  # as wide as TRL expects
+            feed_forward = router.num_experts - self.config.num_zero_computation_experts
+            self._noted.append(output.router_logits[:, :feed_forward])  # as wide as TRL expects
 
     def _after_base_model(self, _base: nn.Module, _args: tuple, outputs: Any) -> None:
         noted, self._noted = self._noted, None
@@ -76,7 +77,12 @@ class UpcycledMixin(MoePreTrainedMixin):
 
     def _block_config(self) -> Any:
         """The model's config as a block reads it: D may be called otherwise, or differ from `hidden_size`."""
-        return _BlockConfig(self.config)
+        config = self.config
+        return LayerConfig(
+            config,
+            hidden_size=config.expert_hidden_size or config.hidden_size,
+            initializer_range=getattr(config, "initializer_range", 0.02),
+        )
 
     def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
         """The dense forward; its output gains `aux_loss` and `router_logits` where routing is recorded.
@@ -116,23 +122,6 @@ class UpcycledMixin(MoePreTrainedMixin):
         outputs["aux_loss"] = losses.aux_loss
         outputs["router_logits"] = tuple(layer.logits for layer in layers)
         return outputs if return_dict else outputs.to_tuple()
-
-
-class _BlockConfig:
-    """Reads through to the model's config, except for what a block calls otherwise."""
-
-    def __init__(self, config: Any):
-        self._config = config
-        self._own = SimpleNamespace(
-            hidden_size=config.expert_hidden_size or config.hidden_size,
-            initializer_range=getattr(config, "initializer_range", 0.02),
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__.get("_own")
-        if own is None:
-            raise AttributeError(name)
-        return getattr(own, name) if hasattr(own, name) else getattr(self._config, name)
 
 
 @contextmanager
