@@ -8,11 +8,13 @@ from hf_moe.registration import announce_config
 
 # One line per model type: the folder, whose `__init__` registers the type, and the name of its config class.
 MODEL_TYPES = {
+    "moe_bert": ("bert", "MoeBertConfig"),
     "moe_gpt2": ("gpt2", "MoeGPT2Config"),
     "moe_llama": ("llama", "MoeLlamaConfig"),
     "moe_plus_plus": ("moe_plus_plus", "MoePlusPlusConfig"),
     "moe_qwen2": ("qwen2", "MoeQwen2Config"),
     "moe_qwen3": ("qwen3", "MoeQwen3Config"),
+    "moe_roberta": ("roberta", "MoeRobertaConfig"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"
