@@ -52,15 +52,22 @@ class RouterLossCollector:
             self.balancers = {name: (balancer, []) for name, (balancer, _) in find_balancers(self.model).items()}
         self._active = False
         self._pending: list[PendingBalance] = []
-        self._attention_mask: torch.Tensor | None = None
+        self._attention_mask: dict[str, torch.Tensor | None] = {}
         # What each router returned in this pass, by balancer and position.
         self._outputs: dict[str, dict[int, Any]] = {name: {} for name in self.balancers}
         # Hooks stay for good: adding and removing them would make a compiled model compile again in every step.
         for name, (_, routers) in self.balancers.items():
             for position, router in enumerate(routers or [view.router for view in self.views]):
                 router.register_forward_hook(partial(self._after_router, name, position))
-        self.model.base_model.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        self.model.base_model.register_forward_hook(self._after_decoder)
+        # A tower, or one side of an encoder-decoder model, has a mask of its own; what lies around the base model is
+        # not called by every trainer.
+        base = self.model.base_model
+        below = {id(module) for module in base.modules()} - {id(base)}
+        for name in self.balancers:
+            home = self.model.get_submodule(name.rpartition(".")[0])
+            place: Any = home if id(home) in below else base
+            place.register_forward_pre_hook(partial(self._before_decoder, name), with_kwargs=True)
+            place.register_forward_hook(partial(self._after_decoder, name))
 
     @contextmanager
     def collect(self) -> Iterator[list[PendingBalance]]:
@@ -84,25 +91,22 @@ class RouterLossCollector:
         if self._active and router.training and torch.is_grad_enabled():
             self._outputs[name][position] = output
 
-    def _before_decoder(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, name: str, _module: nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
         if self._active:
-            self._clear()
+            self._outputs[name].clear()
             mask = kwargs.get("attention_mask")
-            self._attention_mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            self._attention_mask[name] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
 
-    def _after_decoder(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
-        if not self._active:
+    def _after_decoder(self, name: str, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        outputs = self._outputs[name]
+        if not self._active or not outputs:
             return
-        for name, (balancer, _) in self.balancers.items():
-            outputs = self._outputs[name]
-            if not outputs:
-                continue
-            layers = [self._layer(name, position, outputs[position]) for position in sorted(outputs)]
-            mask = self._attention_mask
-            if mask is not None and mask.numel() != layers[0].index.shape[0]:
-                mask = None  # it describes something else, e.g. the text of a tower that sees images
-            self._pending.append(balancer.begin(layers, mask))
-        self._clear()
+        layers = [self._layer(name, position, outputs[position]) for position in sorted(outputs)]
+        mask = self._attention_mask.pop(name, None)
+        if mask is not None and mask.numel() != layers[0].index.shape[0]:
+            mask = None  # it describes something else, e.g. the text of a tower that sees images
+        self._pending.append(self.balancers[name][0].begin(layers, mask))
+        outputs.clear()
 
     def _layer(self, name: str, position: int, output: Any) -> LayerRouting:
         if not self.views:
@@ -115,4 +119,4 @@ class RouterLossCollector:
     def _clear(self) -> None:
         for outputs in self._outputs.values():
             outputs.clear()
-        self._attention_mask = None
+        self._attention_mask.clear()

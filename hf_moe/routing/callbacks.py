@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .discovery import find_routers
 from .schedules import Schedule, parse_schedules
-from .steps import ROUTER_STATE_NAME, BalanceSteps, count_batch_tokens
+from .steps import ROUTER_STATE_NAME, BalanceSteps, count_batch_targets, count_batch_tokens
 
 
 __all__ = ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"]
@@ -40,12 +40,12 @@ class GlobalBalanceCallback(TrainerCallback):
     ```
     """
 
-    steps: BalanceSteps  # from `on_train_begin` on
+    steps: BalanceSteps | Any = None  # from `on_train_begin` on
 
     def __init__(self, resume_from_checkpoint: str | None = None):
         self.resume_from_checkpoint = resume_from_checkpoint
         self._epoch_start: int | None = None
-        self._observed: tuple[int, int | torch.Tensor, int] | None = None
+        self._observed: tuple[int, list[int | torch.Tensor], int] | None = None
 
     def observe_batches(self, batches: list[Mapping[str, Any]], replicas: int = 1) -> None:
         """Tell the callback the micro-batches of the next step: G and token counts are then exact.
@@ -58,7 +58,10 @@ class GlobalBalanceCallback(TrainerCallback):
             replicas (`int`, defaults to 1): Ranks of the balancer's group that hold these same batches (context or
                 sequence parallelism, where each later works on its slice).
         """
-        self._observed = (max(len(batches), 1), count_batch_tokens(batches), replicas)
+        counts = [count_batch_tokens(batches)]
+        if self.steps is not None and self.steps.counts_targets:
+            counts.append(count_batch_targets(batches))
+        self._observed = (max(len(batches), 1), counts, replicas)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps = BalanceSteps(kwargs["model"])
@@ -90,13 +93,13 @@ class GlobalBalanceCallback(TrainerCallback):
         self._epoch_start = start
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        num_micro_batches, num_tokens = self._micro_batches(args, state, train_dataloader), None
+        num_micro_batches, counts = self._micro_batches(args, state, train_dataloader), []
         if self._observed is not None:
-            num_micro_batches, local_num_tokens, replicas = self._observed
-            num_tokens = self.steps.sum_over_ranks(local_num_tokens) // replicas
+            num_micro_batches, counts, replicas = self._observed
+            counts = [self.steps.sum_over_ranks(count) // replicas for count in counts]
             self._observed = None
         summed = bool(args.average_tokens_across_devices)
-        self.steps.begin(num_micro_batches, num_tokens, summed_over_ranks=summed)
+        self.steps.begin(num_micro_batches, *counts, summed_over_ranks=summed)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.steps.start_reduction()

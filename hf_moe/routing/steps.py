@@ -19,7 +19,7 @@ from .discovery import find_balancers
 from .selection_bias import update_selection_bias
 
 
-__all__ = ["ROUTER_STATE_NAME", "BalanceSteps", "count_batch_tokens"]
+__all__ = ["ROUTER_STATE_NAME", "BalanceSteps", "count_batch_targets", "count_batch_tokens", "target_mask"]
 
 logger = logging.get_logger(__name__)
 
@@ -78,10 +78,26 @@ class BalanceSteps:
             self.num_micro_batches = accelerator.gradient_accumulation_steps
         self.begin(self.num_micro_batches)
 
-    def begin(self, num_micro_batches: int, num_tokens: int | torch.Tensor | None = None, **kwargs) -> None:
-        """Start a step on every balancer; see [`LoadBalancer.begin_step`] for the arguments."""
+    @property
+    def counts_targets(self) -> bool:
+        """Whether one of the balancers belongs to a decoder that reads targets, next to an encoder."""
+        return any(balancer.counts_targets for balancer, _ in self.balancers.values())
+
+    def begin(
+        self,
+        num_micro_batches: int,
+        num_tokens: int | torch.Tensor | None = None,
+        num_targets: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> None:
+        """Start a step on every balancer; see [`LoadBalancer.begin_step`] for the other arguments.
+
+        Args:
+            num_targets (`int` or `torch.Tensor`, *optional*): T of the decoder of an encoder-decoder model.
+        """
         for balancer, _ in self.balancers.values():
-            balancer.begin_step(num_micro_batches, num_tokens, **kwargs)
+            tokens = num_targets if balancer.counts_targets else num_tokens
+            balancer.begin_step(num_micro_batches, tokens, **kwargs)
 
     def sum_over_ranks(self, value: int | torch.Tensor) -> torch.Tensor:
         """`value` of this rank plus that of the others in the balancers' group, a 0-dim int64 tensor."""
@@ -209,5 +225,47 @@ def count_batch_tokens(batches: Iterable[Mapping[str, Any]]) -> int | torch.Tens
             raise ValueError(
                 f"cannot count the tokens of a batch with the keys {sorted(batch)}: it needs `attention_mask`, "
                 "`input_ids` or `inputs_embeds`."
+            )
+    return total
+
+
+def target_mask(labels: torch.Tensor) -> torch.Tensor:
+    """Which inputs of an encoder-decoder's decoder matter: those up to the last target of their row.
+
+    Args:
+        labels (`torch.Tensor` of shape `(B, S)`): Targets; -100 is ignored.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`, int64: 0 behind the last target. The first position is always 1.
+    """
+    mask = labels.ne(-100).flip(-1).cumsum(-1).gt(0).flip(-1).long()
+    mask[:, 0] = 1  # attention over nothing is not a number
+    return mask
+
+
+def count_batch_targets(batches: Iterable[Mapping[str, Any]]) -> int | torch.Tensor:
+    """Tokens of some batches as the decoder of an encoder-decoder model counts them.
+
+    Args:
+        batches (`Iterable[Mapping]`): Inputs of the model, with `decoder_attention_mask`, `labels`,
+            `decoder_input_ids` `(B, S)` or `decoder_inputs_embeds` `(B, S, D)`.
+
+    Raises:
+        ValueError: a batch has none of these.
+    """
+    total: int | torch.Tensor = 0
+    for batch in batches:
+        mask = batch.get("decoder_attention_mask")
+        ids, embeds = batch.get("decoder_input_ids"), batch.get("decoder_inputs_embeds")
+        if mask is None and batch.get("labels") is not None:
+            mask = target_mask(batch["labels"])
+        if mask is not None and mask.dim() == 2:
+            total = total + mask.ne(0).sum()
+        elif ids is not None or embeds is not None:
+            total = total + (ids.numel() if ids is not None else embeds.shape[:-1].numel())
+        else:
+            raise ValueError(
+                f"cannot count the target tokens of a batch with the keys {sorted(batch)}: it needs `labels`, "
+                "`decoder_attention_mask`, `decoder_input_ids` or `decoder_inputs_embeds`."
             )
     return total
