@@ -187,7 +187,7 @@ class MoeConfigMixin:
     def experts_per_layer(self) -> list[int]:
         """Feed-forward experts of each MoE layer, first to last."""
         counts = self.num_experts
-        return list(counts) if isinstance(counts, (list, tuple)) else [counts] * len(self.moe_layer_indices)
+        return list(counts) if isinstance(counts, (list, tuple)) else [counts] * self.num_moe_layers
 
     @property
     def num_routing_targets(self) -> int:
@@ -201,6 +201,11 @@ class MoeConfigMixin:
     def moe_layer_indices(self) -> list[int]:
         """Indices of the MoE layers, sorted."""
         return parse_moe_layers(self.moe_layers, self.num_hidden_layers)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many there are."""
+        return len(self.moe_layer_indices)
 
     @property
     def has_router_penalty(self) -> bool:
@@ -270,8 +275,8 @@ class MoeConfigMixin:
         from hf_moe.routing.load_balancer import validate_balance_options
         from hf_moe.routing.registry import validate_router
 
-        parse_moe_layers(self.moe_layers, self.num_hidden_layers)
-        counts = self._validate_num_experts(len(self.moe_layer_indices))
+        self.validate_moe_layers()
+        counts = self._validate_num_experts(self.num_moe_layers)
         for name in ("num_shared_experts", "num_zero_experts", "num_copy_experts", "num_constant_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
@@ -281,7 +286,6 @@ class MoeConfigMixin:
                 f"`num_experts_per_tok` must be between 1 and the number of experts ({targets}), got "
                 f"{self.num_experts_per_tok}."
             )
-        self.validate_moe_layers()
         for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -304,9 +308,13 @@ class MoeConfigMixin:
             experts_class(self.expert_type)
         if not isinstance(self.num_experts, (list, tuple)):
             validate_router(self)
-        else:  # one layer of each size
-            for layer in dict(zip(counts, self.moe_layer_indices, strict=True)).values():
-                validate_router(layer_config(self, layer))
+        else:
+            for config in self._layer_of_each_size():
+                validate_router(config)
+
+    def _layer_of_each_size(self) -> list[Any]:
+        layers = dict(zip(self.experts_per_layer, self.moe_layer_indices, strict=True))
+        return [layer_config(self, layer) for layer in layers.values()]
 
     def _validate_num_experts(self, num_moe_layers: int) -> list[int]:
         """The number of each MoE layer, or the one number of all."""
