@@ -6,6 +6,7 @@ import importlib
 from huggingface_hub.dataclasses import strict
 from transformers.models.t5.configuration_t5 import T5Config
 
+from hf_moe.layer_config import layer_config
 from hf_moe.lazy import lazy_exports
 from hf_moe.models.configuration import MoeConfigMixin, parse_moe_layers
 from hf_moe.registration import register_config
@@ -22,6 +23,8 @@ class MoeT5Config(MoeConfigMixin, T5Config):
     for `"gated-gelu"`.
 
     Args:
+        num_experts (`int` or `list[int]`, defaults to 8): A list has the encoder's MoE layers first, then the
+            decoder's.
         moe_layers (`str` or `list[int]`, defaults to `"all"`): MoE layers of the encoder, as in [`parse_moe_layers`];
             `"none"` leaves it dense.
         decoder_moe_layers (`str` or `list[int]`, *optional*): The same of the decoder; as `moe_layers` by default,
@@ -88,12 +91,29 @@ class MoeT5Config(MoeConfigMixin, T5Config):
         """A copy as the encoder or the decoder reads it: its own `num_layers` and `moe_layers`."""
         config = copy.deepcopy(self)
         config.is_decoder = is_decoder
+        if isinstance(self.num_experts, (list, tuple)):
+            of_encoder = len(self.moe_layer_indices)
+            config.num_experts = list(self.num_experts[of_encoder:] if is_decoder else self.num_experts[:of_encoder])
         if is_decoder:
             config.moe_layers = self.decoder_moe_layer_indices
             config.num_layers = self.num_decoder_layers
         else:
             config.use_cache = False
+        config.decoder_moe_layers = "none"  # the other stack is not its business
         return config
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Of both stacks; of one, in a stack's own config."""
+        return len(self.moe_layer_indices) + len(self.decoder_moe_layer_indices)
+
+    def _layer_of_each_size(self) -> list:
+        stacks = [self] if self.is_decoder else [self.stack_config(False), self.stack_config(True)]
+        return [
+            layer_config(stack, layer)
+            for stack in stacks
+            for layer in dict(zip(stack.num_experts, stack.moe_layer_indices, strict=True)).values()
+        ]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "MoeT5Config":
         """As in transformers; asked for the decoder's, it says how many layers that has. `generate` makes its caches
