@@ -15,6 +15,7 @@ MODEL_TYPES = {
     "moe_qwen2": ("qwen2", "MoeQwen2Config"),
     "moe_qwen3": ("qwen3", "MoeQwen3Config"),
     "moe_roberta": ("roberta", "MoeRobertaConfig"),
+    "moe_t5": ("t5", "MoeT5Config"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"
