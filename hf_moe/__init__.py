@@ -23,6 +23,7 @@ register_experts_implementations()
 _BACKBONES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
 _HEADS = ("Config", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model", "PreTrainedModel")
 _ENCODERS = {"Bert": "bert", "Roberta": "roberta"}
+_T5_HEADS = ("Config", "EncoderModel", "ForConditionalGeneration", "Model", "PreTrainedModel")
 _ENCODER_HEADS = ("ForMaskedLM", "ForQuestionAnswering", *(head for head in _HEADS if head != "ForCausalLM"))
 
 __getattr__, __dir__, __all__ = lazy_exports(
@@ -31,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _ENCODERS.items() for head in _ENCODER_HEADS},
         **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
+        **{f"MoeT5{head}": ".models.t5" for head in _T5_HEADS},
         "AgdConfig": ".adapters",
         "BaseRouter": ".routing",
         "ExpertScores": ".attribution",
