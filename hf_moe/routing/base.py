@@ -19,6 +19,7 @@ __all__ = ["BaseRouter", "LinearRouter"]
 
 # Renormalisation divides by a sum that sigmoid scores can bring close to 0.
 EPSILON = 1e-20
+NOISES = (None, "gaussian", "jitter", "gumbel", "gumbel_second")
 
 
 class BaseRouter(nn.Module):
@@ -35,6 +36,10 @@ class BaseRouter(nn.Module):
         norm_topk_prob (`bool`, defaults to `True`): Renormalise the chosen weights to sum 1.
         routed_scaling_factor (`float`, defaults to 1.0): Multiplies the weights.
         capacity_policy (`str`, defaults to `"order"`): See [`apply_capacity`].
+        min_capacity (`int`, defaults to 0): Assignments every expert takes whatever the capacity factor says; 4 in
+            DeepSpeed-MoE ([2201.05596](https://huggingface.co/papers/2201.05596)).
+        norm_survivors (`bool`, defaults to `False`): Renormalise again what capacity leaves of a token (GShard).
+        balance_first_choice (`bool`, defaults to `False`): The balance loss counts first choices only (GShard).
         schedules (`dict`, *optional*): Schedules of this router's buffers by name; see `RouterScheduleCallback`.
     """
 
@@ -55,6 +60,9 @@ class BaseRouter(nn.Module):
         norm_topk_prob: bool = True,
         routed_scaling_factor: float = 1.0,
         capacity_policy: str = "order",
+        min_capacity: int = 0,
+        norm_survivors: bool = False,
+        balance_first_choice: bool = False,
         schedules: dict | None = None,
     ):
         super().__init__()
@@ -66,6 +74,9 @@ class BaseRouter(nn.Module):
         self.routed_scaling_factor = routed_scaling_factor
         self.capacity_factor = config.expert_capacity_factor
         self.capacity_policy = capacity_policy
+        self.min_capacity = min_capacity
+        self.norm_survivors = norm_survivors
+        self.balance_first_choice = balance_first_choice
         self.initializer_range = config.initializer_range
         self.initial_temperature = float(temperature)
         self.register_buffer("temperature", torch.tensor(self.initial_temperature))
@@ -85,6 +96,8 @@ class BaseRouter(nn.Module):
             raise ValueError(
                 f"`router_config['capacity_policy']` must be one of {list(CAPACITY_POLICIES)}, got {policy!r}."
             )
+        if options.get("min_capacity", 0) < 0:
+            raise ValueError(f"`router_config['min_capacity']` must be at least 0, got {options['min_capacity']}.")
         parse_schedules(options.get("schedules") or {})
 
     @property
@@ -169,7 +182,11 @@ class BaseRouter(nn.Module):
             index = index.masked_fill(~real, self.num_experts)
         if self.capacity_factor is not None and self.training:
             capacity = self.capacity((index < self.num_experts).sum())  # K x tokens, where K is fixed
-            return apply_capacity(index, weights, capacity, self.capacity_policy)
+            capacity = capacity.clamp(min=self.min_capacity)
+            index, weights = apply_capacity(index, weights, capacity, self.capacity_policy)
+            if self.norm_survivors:
+                weights = self.routed_scaling_factor * weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
+            return index, weights
         if self.choice_differs_from_scores:
             return pack_slots(index, weights, index < self.num_experts, self.num_experts)
         return index, weights
@@ -216,8 +233,10 @@ class LinearRouter(BaseRouter):
             scores (loss-free balancing, DeepSeek-V3 2412.19437 Eq. 16); `router_bias_update_speed` trains it.
         num_expert_groups (`int`, defaults to 1): Experts are split in this many groups of equal size.
         top_k_groups (`int`, *optional*): Only the groups with the best sum of two best choice scores stay eligible.
-        noise (`str`, *optional*): In training, `"gaussian"` adds N(0, noise_std) to the logits of the choice and
-            `"jitter"` multiplies the router's input by U(1 - noise_std, 1 + noise_std) (Switch 2101.03961).
+        noise (`str`, *optional*): In training, `"gaussian"` adds N(0, noise_std) to the logits of the choice,
+            `"jitter"` multiplies the router's input by U(1 - noise_std, 1 + noise_std) (Switch 2101.03961),
+            `"gumbel"` draws the experts by their probability (DeepSpeed's RSample), and `"gumbel_second"` all but the
+            first (DeepSpeed's top-2).
         noise_std (`float`, defaults to 0.01): A 0-dim buffer that a schedule may write.
     """
 
@@ -239,7 +258,7 @@ class LinearRouter(BaseRouter):
         self.noise = noise
         self.initial_noise_std = float(noise_std)
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size))
-        if noise is not None:
+        if noise in ("gaussian", "jitter"):
             self.register_buffer("noise_std", torch.tensor(self.initial_noise_std))
         needs_bias = selection_bias or getattr(config, "router_bias_update_speed", 0.0) > 0
         bias = torch.zeros(self.num_experts) if needs_bias else None
@@ -250,8 +269,13 @@ class LinearRouter(BaseRouter):
     def validate_config(cls, config: Any, **options) -> None:
         super().validate_config(config, **options)
         noise = options.get("noise")
-        if noise not in (None, "gaussian", "jitter"):
-            raise ValueError(f"`router_config['noise']` must be None, 'gaussian' or 'jitter', got {noise!r}.")
+        if noise not in NOISES:
+            raise ValueError(f"`router_config['noise']` must be one of {list(NOISES)}, got {noise!r}.")
+        if noise == "gumbel_second" and config.num_experts_per_tok < 2:
+            raise ValueError(
+                "`router_config['noise']='gumbel_second'` draws the second expert, but `num_experts_per_tok` is "
+                f"{config.num_experts_per_tok}. Use 'gumbel', or two experts."
+            )
         std = options.get("noise_std", 0.01)
         if std < 0 or (noise == "jitter" and std >= 1):
             raise ValueError(f"`router_config['noise_std']` must be at least 0, and below 1 for jitter, got {std}.")
@@ -278,6 +302,13 @@ class LinearRouter(BaseRouter):
     def choice_scores(self, scores: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
         if self.noise == "gaussian" and self.training:
             scores = self.scores(router_logits + self.noise_std.float() * torch.randn_like(router_logits))
+        elif self.noise in ("gumbel", "gumbel_second") and self.training:
+            first = scores.argmax(dim=-1, keepdim=True)
+            # argmax(l / t + g) is a draw from softmax(l / t); -log of an exponential variable is a Gumbel one.
+            gumbel = -torch.empty_like(router_logits).exponential_().log()
+            scores = self.scores(router_logits + self.temperature.float() * gumbel)
+            if self.noise == "gumbel_second":
+                scores = scores.scatter(-1, first, torch.inf)
         if self.e_score_correction_bias is not None:
             scores = scores + self.e_score_correction_bias.float()
         if self.top_k_groups < self.num_expert_groups:
@@ -290,12 +321,12 @@ class LinearRouter(BaseRouter):
 
     @property
     def choice_differs_from_scores(self) -> bool:
-        return self.e_score_correction_bias is not None or (self.noise == "gaussian" and self.training)
+        return self.e_score_correction_bias is not None or (self.noise not in (None, "jitter") and self.training)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         init.normal_(self.weight, mean=0.0, std=self.initializer_range)
-        if self.noise is not None:
+        if self.noise in ("gaussian", "jitter"):
             init.constant_(self.noise_std, self.initial_noise_std)
         if self.e_score_correction_bias is not None:
             init.zeros_(self.e_score_correction_bias)

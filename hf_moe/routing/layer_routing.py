@@ -38,11 +38,14 @@ class LayerRouting(NamedTuple):
 
         Where a capacity empties slots, the index is chosen again without it: f counts what tokens asked for, as in
         GShard, Switch and MoE++. What capacity lets through is nearly balanced by construction, and would hide the
-        very imbalance the loss is for. (Selection noise, if any, is drawn again.)
+        very imbalance the loss is for. (Selection noise, if any, is drawn again.) Slots are in falling order of their
+        weight, so the first holds the first choice, the only one that counts under `balance_first_choice`.
         """
         if getattr(router, "capacity_factor", None) is not None and router.training:
             with torch.no_grad():
                 index = router.select(router.choice_scores(router.scores(logits), logits))
+        if getattr(router, "balance_first_choice", False):
+            index = index[:, :1]
         weights = getattr(router, "balance_weights", None)
         return cls(logits, index, getattr(router, "probabilities", None), weights, penalty)
 
