@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_moe.modes import eval_mode
+from hf_moe.routing.steps import target_mask
 
 from .feed_forward import FeedForwardSite, projection_names
 
@@ -182,16 +183,24 @@ def collect_statistics(
             stack.enter_context(observer)
         for batch in tqdm(batches, desc="Calibrating", disable=len(batches) < 2):
             batch = {k: v.to(device) for k, v in batch.items()}
-            mask = batch.get("attention_mask")
-            mask = None if mask is None or mask.ndim != 2 else mask.reshape(-1).bool()
             for observer in observers.values():
-                observer.mask = mask
+                observer.mask = _mask(batch, model, observer.site)
             if "taylor" in needs:
                 _run_with_gradient(model, batch, observers)
             else:
                 with torch.no_grad():
                     model(**batch)
     return {layer: observer.result() for layer, observer in observers.items()}
+
+
+def _mask(batch: dict[str, torch.Tensor], model: nn.Module, site: FeedForwardSite) -> torch.Tensor | None:
+    """Which of the tokens that a feed-forward gets are real, `(T,)`; `None` for all."""
+    two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    is_target = two_stacks and "decoder" in site.name.split(".")
+    mask = batch.get("decoder_attention_mask" if is_target else "attention_mask")
+    if mask is None and is_target and "labels" in batch:
+        mask = target_mask(batch["labels"])
+    return None if mask is None or mask.ndim != 2 else mask.reshape(-1).bool()
 
 
 def _run_with_gradient(model, batch, observers) -> None:
