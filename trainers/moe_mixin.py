@@ -38,7 +38,8 @@ class MoeTrainerMixin(_Trainer):
       shorter last step of an epoch included. The coefficient is therefore independent of gradient accumulation and of
       the number of processes, whatever part of the tokens has labels.
     - **Callbacks.** [`~hf_moe.GlobalBalanceCallback`] is added, and [`~hf_moe.RouterScheduleCallback`] if the model's
-      config has schedules, unless they are there already. `train(resume_from_checkpoint=...)` finds their state.
+      config has schedules or a permutation search, unless they are there already.
+      `train(resume_from_checkpoint=...)` finds their state.
     - **Logs.** `aux_loss`, and `router_z_loss` where it is on: unweighted means over the micro-batches of all
       processes since the last log. `aux_loss` is 1 when balanced. `router_penalty` has its coefficient in it.
     - **Optimizer.** `router_learning_rate` and `expert_learning_rate`, see [`MoeTrainingArguments`].
@@ -80,7 +81,8 @@ class MoeTrainerMixin(_Trainer):
         self._router_metrics: dict[str, tuple[torch.Tensor, int]] = {}
         config = _router_config(self._prepare_router_losses().model)
         self._balance = self._callback(GlobalBalanceCallback)
-        if getattr(config, "router_config", {}).get("schedules"):
+        options = getattr(config, "router_config", {})
+        if options.get("schedules") or options.get("permutation_search"):
             self._callback(RouterScheduleCallback)
 
     def _callback(self, cls: type) -> Any:

@@ -18,6 +18,13 @@ _EXPORTS = {
     ".load_balancer": ["BalanceLosses", "LoadBalancer"],
     ".loss_scale": ["balance_loss_scale"],
     ".output": ["RouterOutput", "RoutingContext"],
+    ".permutation": [
+        "PermutationLocalSearch",
+        "PermutationOptions",
+        "advance_permutation_search",
+        "harden_permutations",
+        "sinkhorn",
+    ],
     ".registry": ["build_router", "list_routers", "register_router", "router_class"],
     ".schedules": [
         "ConstantSchedule",

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from .capacity import CAPACITY_POLICIES, apply_capacity, pack_slots
 from .output import RouterOutput, RoutingContext
+from .permutation import PermutationLocalSearch, parse_permutation_search
 from .schedules import parse_schedules
 
 
@@ -40,7 +41,11 @@ class BaseRouter(nn.Module):
             DeepSpeed-MoE ([2201.05596](https://huggingface.co/papers/2201.05596)).
         norm_survivors (`bool`, defaults to `False`): Renormalise again what capacity leaves of a token (GShard).
         balance_first_choice (`bool`, defaults to `False`): The balance loss counts first choices only (GShard).
+        eval_capacity_factor (`float`, *optional*): Capacity at evaluation, in place of `expert_capacity_factor`; by
+            default nothing is dropped there, because a token's output would depend on its batch.
         schedules (`dict`, *optional*): Schedules of this router's buffers by name; see `RouterScheduleCallback`.
+        permutation_search (`dict`, *optional*): Fields of [`~hf_moe.routing.permutation.PermutationOptions`]: learn
+            which expert listens to which output of this gate first (COMET, 2306.02824).
     """
 
     router_type: str = ""
@@ -50,6 +55,10 @@ class BaseRouter(nn.Module):
     non_causal: bool = False
     #: True where the router reads `RoutingContext.input_ids`, and so refuses `inputs_embeds`.
     needs_input_ids: bool = False
+    #: True where tokens may leave slots empty by choice: the experts are then handed as many as the batch needs.
+    variable_slots: bool = False
+    #: True where the gate is a sum of `num_experts_per_tok` trees, each of which may have its own permutation.
+    has_trees: bool = False
 
     def __init__(
         self,
@@ -63,7 +72,9 @@ class BaseRouter(nn.Module):
         min_capacity: int = 0,
         norm_survivors: bool = False,
         balance_first_choice: bool = False,
+        eval_capacity_factor: float | None = None,
         schedules: dict | None = None,
+        permutation_search: dict | None = None,
     ):
         super().__init__()
         self.layer_idx = layer_idx
@@ -77,9 +88,15 @@ class BaseRouter(nn.Module):
         self.min_capacity = min_capacity
         self.norm_survivors = norm_survivors
         self.balance_first_choice = balance_first_choice
+        self.eval_capacity_factor = eval_capacity_factor
         self.initializer_range = config.initializer_range
         self.initial_temperature = float(temperature)
         self.register_buffer("temperature", torch.tensor(self.initial_temperature))
+        self.permutation: PermutationLocalSearch | None = None
+        if permutation_search is not None:
+            search = parse_permutation_search(permutation_search)
+            number = config.num_experts_per_tok if search.per_tree else 1
+            self.permutation = PermutationLocalSearch(self.num_experts, search, number)
 
     @classmethod
     def validate_config(cls, config: Any, **options) -> None:
@@ -98,11 +115,40 @@ class BaseRouter(nn.Module):
             )
         if options.get("min_capacity", 0) < 0:
             raise ValueError(f"`router_config['min_capacity']` must be at least 0, got {options['min_capacity']}.")
+        factor = options.get("eval_capacity_factor")
+        if factor is not None and not (factor > 0 and config.expert_capacity_factor is not None):
+            raise ValueError(
+                f"`router_config['eval_capacity_factor']` must be above 0 and needs `expert_capacity_factor`, got "
+                f"{factor} with `expert_capacity_factor={config.expert_capacity_factor}`."
+            )
         parse_schedules(options.get("schedules") or {})
+        if options.get("permutation_search") is not None:
+            cls._validate_permutation_search(config, **options)
+
+    @classmethod
+    def _validate_permutation_search(cls, config: Any, **options) -> None:
+        search = parse_permutation_search(options["permutation_search"])
+        if search.per_tree and not cls.has_trees:
+            raise ValueError(
+                f"`router_config['permutation_search']` has `per_tree=True`, but `router_type={cls.router_type!r}` "
+                "has no trees. Leave it out: one permutation for the whole gate works with every router."
+            )
+        bound_to_experts = {
+            "`router_config['selection_bias']`": options.get("selection_bias"),
+            "`router_bias_update_speed`": getattr(config, "router_bias_update_speed", 0.0) > 0,
+            "`router_config['num_expert_groups']`": options.get("num_expert_groups", 1) > 1,
+            "zero-computation experts": getattr(config, "num_zero_computation_experts", 0) > 0,
+        }
+        for name, present in bound_to_experts.items():
+            if present:
+                raise ValueError(
+                    f"`router_config['permutation_search']` cannot be combined with {name}, which belong to experts "
+                    "while the search still moves them. Remove one of the two."
+                )
 
     @property
     def num_slots(self) -> int:
-        """Columns of `top_k_index` and `top_k_weights`."""
+        """Columns of `top_k_index` and `top_k_weights` (N while a permutation search runs)."""
         return self.top_k
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -161,27 +207,61 @@ class BaseRouter(nn.Module):
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             router_logits = self.compute_logits(hidden_states, context)  # (T, N)
+            state, soft = self.next_state(router_logits), self.soft_permutation()
+            router_logits = self.relabel(router_logits, soft)
             scores = self.scores(router_logits)  # (T, N)
             with torch.no_grad():
                 index = self.select(self.choice_scores(scores.detach(), router_logits.detach()))  # (T, K)
             weights = self.weigh(scores, index)  # (T, K)
-            index, weights = self.post_process(index, weights, context)
             penalty = self.penalty(router_logits) if self.training else None
-        weights, state = weights.to(hidden_states.dtype), self.next_state(router_logits)
-        return RouterOutput(router_logits, weights, index, state, penalty)
+            router_logits, index, weights, penalty = self.mix(router_logits, index, weights, penalty, soft)
+            index, weights = self.post_process(index, weights, context)
+        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index, state, penalty)
+
+    def soft_permutation(self) -> torch.Tensor | None:
+        """P while a permutation search runs (in training), else `None`."""
+        searching = self.permutation is not None and self.training and self.permutation.searching
+        return self.permutation.soft() if searching else None
+
+    def relabel(self, router_logits: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
+        """Logits `(T, N)` in the order of the experts, where a permutation has been found."""
+        if self.permutation is None or soft is not None:
+            return router_logits
+        return self.permutation.permute(router_logits.unsqueeze(-2), None).squeeze(-2)
+
+    def mix(
+        self,
+        router_logits: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        penalty: torch.Tensor | None,
+        soft: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The decision `(T, K)` after the soft permutation `soft`, `(T, N)`, if a search runs; losses read the logits
+        mixed alike."""
+        if soft is None or self.permutation is None:
+            return router_logits, index, weights, penalty
+        index, weights = self.permutation.permute_slots(index, weights, soft)
+        router_logits = router_logits @ soft[0]
+        if self.permutation.options.entropy_coef > 0:
+            entropy = self.permutation.penalty(soft).expand(router_logits.shape[0])
+            penalty = entropy if penalty is None else penalty + entropy
+        return router_logits, index, weights, penalty
 
     def post_process(
         self, index: torch.Tensor, weights: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padding mask, then capacity (training only: dropping tokens at evaluation would make a token's output
-        depend on its batch). Both leave empty slots."""
+        """Padding mask, then capacity (in training, unless `eval_capacity_factor`: dropping tokens at evaluation makes
+        a token's output depend on its batch). Both leave empty slots."""
         token_mask = context.token_mask
         if token_mask is not None:
             real = token_mask.reshape(-1, 1)
             weights = weights.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, self.num_experts)
-        if self.capacity_factor is not None and self.training:
+        if self.capacity_factor is not None and (self.training or self.eval_capacity_factor is not None):
             capacity = self.capacity((index < self.num_experts).sum())  # K x tokens, where K is fixed
+            if not self.training:
+                capacity = capacity * (self.eval_capacity_factor / self.capacity_factor)
             capacity = capacity.clamp(min=self.min_capacity)
             index, weights = apply_capacity(index, weights, capacity, self.capacity_policy)
             if self.norm_survivors:
@@ -205,7 +285,8 @@ class BaseRouter(nn.Module):
     @classmethod
     def has_penalty(cls, **options) -> bool:
         """Whether a router with these options adds a term of its own to the loss, `RouterOutput.penalty`."""
-        return False
+        search = options.get("permutation_search")
+        return search is not None and parse_permutation_search(search).entropy_coef > 0
 
     def penalty(self, router_logits: torch.Tensor) -> torch.Tensor | None:
         """What each token adds to the training loss, `(T,)`, coefficient included; `None` for nothing."""
@@ -220,6 +301,8 @@ class BaseRouter(nn.Module):
     def reset_parameters(self) -> None:
         """Initial values, through `transformers.initialization` so that loaded values are kept."""
         init.constant_(self.temperature, self.initial_temperature)
+        if self.permutation is not None:
+            self.permutation.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .discovery import find_routers
+from .permutation import advance_permutation_search, harden_permutations
 from .schedules import Schedule, parse_schedules
 from .steps import ROUTER_STATE_NAME, BalanceSteps, count_batch_targets, count_batch_tokens
 
@@ -125,7 +126,8 @@ class GlobalBalanceCallback(TrainerCallback):
 
 
 class RouterScheduleCallback(TrainerCallback):
-    """Writes scheduled values into the 0-dim buffers of a model's routers before every optimizer step.
+    """Writes scheduled values into the 0-dim buffers of a model's routers before every optimizer step, and drives
+    their permutation searches, if any (see [`~hf_moe.routing.permutation.PermutationLocalSearch`]).
 
     Values are functions of `state.global_step` alone, so a resumed run continues exactly. Layers never count steps:
     activation checkpointing runs them twice.
@@ -154,12 +156,22 @@ class RouterScheduleCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._apply(kwargs["model"], state)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate or control.should_save:  # both want permutations, not what is still soft
+            harden_permutations(kwargs["model"])
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, args, state, control, **kwargs):
+        harden_permutations(kwargs["model"], state.global_step, state.max_steps)
+
     def _apply(self, model: Any, state: Any) -> None:
         schedules = self.schedules
         if schedules is None:
             config = model.config.get_text_config()
             schedules = parse_schedules((getattr(config, "router_config", None) or {}).get("schedules") or {})
         apply_schedules(model, schedules, state.global_step, state.max_steps)
+        advance_permutation_search(model, state.global_step, state.max_steps)
 
 
 @torch.no_grad()

@@ -124,15 +124,17 @@ class DenseToSparseRouter(VariableLinearRouter):
         context = context if context is not None else RoutingContext()
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            router_logits = self.compute_logits(hidden_states, context)  # (T, N)
+            router_logits, soft = self.compute_logits(hidden_states, context), self.soft_permutation()
+            router_logits = self.relabel(router_logits, soft)  # (T, N)
             scores = self.scores(router_logits)
             choice = self.choice_scores(scores, router_logits)  # (T, N)
             with torch.no_grad():
                 values, index = torch.topk(choice, self.num_slots, dim=-1)
                 index = index.masked_fill(~self.keep(values, context.token_mask), self.num_experts)  # (T, K)
             weights = self.weigh(choice if self.weight_from == "gumbel" else scores, index)
+            router_logits, index, weights, penalty = self.mix(router_logits, index, weights, None, soft)
             index, weights = self.post_process(index, weights, context)
-        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index)
+        return RouterOutput(router_logits, weights.to(hidden_states.dtype), index, None, penalty)
 
     @property
     def choice_differs_from_scores(self) -> bool:

@@ -65,7 +65,7 @@ class TopPRouter(VariableLinearRouter):
 
     @classmethod
     def has_penalty(cls, **options) -> bool:
-        return options.get("entropy_coef", 1e-4) > 0
+        return options.get("entropy_coef", 1e-4) > 0 or super().has_penalty(**options)
 
     def keep(self, sorted_scores: torch.Tensor) -> torch.Tensor:
         # What the better experts add up to; not cumsum - P, whose rounding would decide ties.

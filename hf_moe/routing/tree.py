@@ -66,6 +66,8 @@ class _SmoothStepRouter(VariableRouter):
     a step is nearly 0 or 1. A router z-loss means nothing here.
     """
 
+    has_trees = True
+
     entropy_coef: torch.Tensor
 
     def __init__(self, config: Any, layer_idx: int, *, gamma: float = 1.0, entropy_coef: float = 0.1, **kwargs):
@@ -98,7 +100,8 @@ class _SmoothStepRouter(VariableRouter):
 
     @classmethod
     def has_penalty(cls, **options) -> bool:
-        return options.get("entropy_coef", 0.1) > 0 or "entropy_coef" in (options.get("schedules") or {})
+        own = options.get("entropy_coef", 0.1) > 0 or "entropy_coef" in (options.get("schedules") or {})
+        return own or super().has_penalty(**options)
 
     @property
     def num_nodes(self) -> int:
@@ -111,14 +114,14 @@ class _SmoothStepRouter(VariableRouter):
         raise TypeError(f"{type(self).__name__} must define `num_scores`.")
 
     def gate(self, steps: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the experts and of each tree's or selector's leaves.
+        """What each tree or selector adds to the weights of the experts, and its leaves.
 
         Args:
             steps (`torch.Tensor` of shape `(T, J, num_nodes)`): Values of the smooth steps.
             scores (`torch.Tensor` of shape `(T, J, num_scores)`): Mixing scores.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: g `(T, N)` and the leaves `(T, J, N)`.
+            `tuple[torch.Tensor, torch.Tensor]`: Parts of g and the leaves, both `(T, J, N)`.
         """
         raise TypeError(f"{type(self).__name__} must define `gate`.")
 
@@ -127,13 +130,18 @@ class _SmoothStepRouter(VariableRouter):
         entropy = -(leaves * torch.log(leaves + 1e-6)).sum(dim=(-2, -1))
         return self.entropy_coef.float() * entropy
 
-    def compute_gate(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """g and leaves of hidden states `(T, D)`."""
+    def compute_gate(
+        self, hidden_states: torch.Tensor, soft: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """g `(T, N)` and leaves `(T, J, N)` of hidden states `(T, D)`; `soft` is P while a permutation search runs."""
         hidden_states = hidden_states.float()
         nodes = F.linear(hidden_states, self.node_weight.float(), self.node_bias.float())
         scores = F.linear(hidden_states, self.score_weight.float(), self.score_bias.float())
         steps = smooth_step(nodes.unflatten(-1, (self.num_trees, self.num_nodes)), self.gamma)
-        return self.gate(steps, scores.unflatten(-1, (self.num_trees, self.num_scores)))
+        parts, leaves = self.gate(steps, scores.unflatten(-1, (self.num_trees, self.num_scores)))
+        if self.permutation is not None:
+            parts = self.permutation.permute(parts, soft)
+        return parts.sum(dim=-2), leaves
 
     def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
         return router_logits
@@ -146,11 +154,14 @@ class _SmoothStepRouter(VariableRouter):
         context = context if context is not None else RoutingContext()
         hidden_states = hidden_states.reshape(-1, self.hidden_size)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            g, leaves = self.compute_gate(hidden_states)
+            soft = self.soft_permutation()
+            g, leaves = self.compute_gate(hidden_states, soft)
             with torch.no_grad():
                 index = self.select(g)  # (T, K)
             index, weights = self.post_process(index, self.weigh(g, index), context)
             penalty = self.regularizer(leaves) if self.training and self.penalized else None
+            if penalty is not None and soft is not None and self.permutation is not None:
+                penalty = penalty + self.permutation.penalty(soft)
         return RouterOutput(g, weights.to(hidden_states.dtype), index, None, penalty)
 
     def reset_parameters(self) -> None:
@@ -208,8 +219,7 @@ class CometRouter(_SmoothStepRouter):
         # exp(a) relative to the largest score with v > 0; what the clamp changes has v = 0.
         top = scores.detach().masked_fill(leaves.detach() <= 0, -torch.inf).amax(dim=(-2, -1), keepdim=True)
         weighted = leaves * (scores - top).clamp(max=0).exp()
-        g = weighted.sum(dim=-2)  # (T, N)
-        return g / g.sum(dim=-1, keepdim=True), leaves
+        return weighted / weighted.sum(dim=(-2, -1), keepdim=True), leaves
 
     def leaves(self, steps: torch.Tensor) -> torch.Tensor:
         """v, the probabilities of the leaves from left to right, `(T, J, N)`, from the probabilities of going left."""
@@ -281,7 +291,7 @@ class DSelectKRouter(_SmoothStepRouter):
             codes = torch.stack([codes * (1 - bit), codes * bit], dim=-1).flatten(-2)  # (T, J, 2^bits so far)
         leaves = codes[..., : self.num_experts]
         mixture = torch.softmax(scores, dim=-2)  # (T, J, 1), over selectors
-        return (mixture * leaves).sum(dim=-2), leaves
+        return mixture * leaves, leaves
 
     def regularizer(self, leaves: torch.Tensor) -> torch.Tensor:
         penalty = super().regularizer(leaves)

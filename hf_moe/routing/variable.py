@@ -29,6 +29,8 @@ class VariableRouter(BaseRouter):
         norm_topk_prob (`bool`, defaults to `False`): Renormalise the weights of the experts in use to sum 1.
     """
 
+    variable_slots = True
+
     def __init__(
         self,
         config: Any,
