@@ -15,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_moe.modes import eval_mode
 
+from .split_feed_forward import FIRST, SplitFeedForward
+
 
 __all__ = [
     "DenseFeedForward",
     "FeedForwardSite",
+    "count_layers",
     "extract_feed_forward",
     "find_feed_forwards",
     "locate_feed_forwards",
@@ -31,6 +34,8 @@ PROJECTIONS = (
     (None, "c_fc", "c_proj"),  # GPT-2
     (None, "fc1", "fc2"),  # Phi, CLIP, ViT variants
     (None, "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
+    ("wi_0", "wi_1", "wo"),  # T5 1.1
+    (None, "wi", "wo"),  # T5
     (None, "up_proj", "down_proj"),
 )
 ACTIVATION_ATTRIBUTES = ("act_fn", "act", "activation_fn", "activation")
@@ -177,16 +182,29 @@ class FeedForwardSite:
     """Where a feed-forward sits in a model.
 
     Args:
-        name (`str`): Module path, e.g. `"model.layers.3.mlp"`.
+        name (`str`): Module path, e.g. `"model.layers.3.mlp"`; of the first module, where it is two.
         layer_idx (`int`): Index of its layer, 3.
         layer_name (`str`): Module path of the layer, `"model.layers.3"`.
-        module (`nn.Module`): The feed-forward itself.
+        module (`nn.Module`): The feed-forward itself, or a [`SplitFeedForward`] of its two modules.
     """
 
     name: str
     layer_idx: int
     layer_name: str
     module: nn.Module
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module of the model that receives the feed-forward's input."""
+        module: Any = self.module
+        return module.fc1 if isinstance(module, SplitFeedForward) else module
+
+    def checkpoint_key(self, name: str) -> str:
+        """Key in the model's state dict of a key of the feed-forward's own."""
+        if not isinstance(self.module, SplitFeedForward):
+            return f"{self.name}.{name}"
+        part, _, rest = name.partition(".")
+        return f"{self.layer_name}.{SplitFeedForward.PARTS[part]}.{rest}"
 
 
 def projection_names(module: nn.Module) -> tuple[str | None, str, str] | None:
@@ -214,7 +232,7 @@ def extract_feed_forward(module: nn.Module, activation: str | None = None, verif
 
     Args:
         module (`nn.Module`): With `gate_proj/up_proj/down_proj`, `c_fc/c_proj` (GPT-2's transposed `Conv1D`),
-            `fc1/fc2` or `dense_h_to_4h/dense_4h_to_h`.
+            `fc1/fc2`, `dense_h_to_4h/dense_4h_to_h`, or T5's `wi/wo` and `wi_0/wi_1/wo`.
         activation (`str`, *optional*): Name of the activation; found out from the module by default.
         verify (`bool`, defaults to `True`): Compare with the module's own output on three random tokens.
 
@@ -294,10 +312,61 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForwardSite]:
         numbers = [i for i, part in enumerate(path) if part.isdigit()]
         if not numbers or numbers[-1] == len(path) - 1 or name.startswith(mixtures):
             continue
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if path[-1] == FIRST and SplitFeedForward.fits(layer):
+            module = SplitFeedForward(layer)
         if projection_names(module) is not None:
-            layer_name = ".".join(path[: numbers[-1] + 1])
-            sites.append(FeedForwardSite(name, int(path[numbers[-1]]), layer_name, module))
+            position = _layer_position(model, path, numbers)
+            layer_name = ".".join(path[: position + 1])
+            sites.append(FeedForwardSite(name, int(path[position]), layer_name, module))
     return sites
+
+
+def _layer_position(model: nn.Module, path: list[str], numbers: list[int]) -> int:
+    """Which number of a path is the layer's: the last, unless it counts the unlike parts of one layer (T5)."""
+    for position in reversed(numbers):
+        kinds = {type(child) for child in model.get_submodule(".".join(path[:position])).children()}
+        if len(kinds) == 1:
+            return position
+    return numbers[-1]
+
+
+def count_layers(model: nn.Module, sites: list[FeedForwardSite]) -> int:
+    """Layers in the stack that `sites` are in; of all stacks, in an encoder-decoder model."""
+    if _has_two_stacks(model):
+        return sum(_stack_sizes(model, find_feed_forwards(model)).values())
+    return next(iter(_stack_sizes(model, sites[:1]).values()))
+
+
+def _stack_sizes(model: nn.Module, sites: list[FeedForwardSite]) -> dict[str, int]:
+    stacks = dict.fromkeys(site.layer_name.rpartition(".")[0] for site in sites)
+    return {stack: sum(1 for _ in model.get_submodule(stack).children()) for stack in stacks}
+
+
+def _has_two_stacks(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _choose_in_both_stacks(
+    model: nn.Module, sites: list[FeedForwardSite], layers: str | list[int]
+) -> list[FeedForwardSite]:
+    """`layers` of the encoder and of the decoder; the decoder's are counted on from the encoder's."""
+    sizes, before, found = _stack_sizes(model, sites), 0, []
+    pattern = isinstance(layers, str) and not _is_selection(layers)
+    chosen = {site.name for site in _by_pattern(sites, layers, type(model).__name__)} if pattern else set()
+    for stack, size in sizes.items():
+        indices = [] if pattern else _indices(layers, size)
+        for site in sites:
+            if site.layer_name.rpartition(".")[0] == stack and (site.name in chosen or site.layer_idx in indices):
+                found.append(replace(site, layer_idx=before + site.layer_idx))
+        before += size
+    if not found:
+        raise ValueError(f"`layers={layers!r}` selects none of the layers of {type(model).__name__}.")
+    return found
+
+
+def _is_selection(layers: str) -> bool:
+    return layers in ("all", "first_half", "second_half") or bool(_every(layers))
 
 
 def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> list[FeedForwardSite]:
@@ -306,10 +375,11 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
     Args:
         model (`nn.Module`): Any transformers model.
         layers (`str` or `list[int]`, defaults to `"all"`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...),
-            `"first_half"`, `"second_half"`, indices, or a regular expression that module paths are searched with.
+            `"first_half"`, `"second_half"`, indices, or a regular expression that module paths are searched with. In
+            an encoder-decoder model, of each of the two stacks.
 
     Returns:
-        `list[FeedForwardSite]`: In layer order.
+        `list[FeedForwardSite]`: In layer order; decoder layers are counted on from the encoder's.
 
     Raises:
         ValueError: nothing to upcycle (names the class), an index out of range (says the range), a bad pattern.
@@ -321,9 +391,11 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
         why = f"it is already a Mixture-of-Experts (`{moe}`)" if moe else "no layer has a plain feed-forward"
         raise ValueError(
             f"{kind} cannot be upcycled: {why}. Supported are modules with `gate_proj, up_proj, down_proj`, "
-            "`c_fc, c_proj`, `fc1, fc2` or `dense_h_to_4h, dense_4h_to_h`."
+            "`c_fc, c_proj`, `fc1, fc2`, `wi, wo` or `dense_h_to_4h, dense_4h_to_h`."
         )
-    if isinstance(layers, str) and layers not in ("all", "first_half", "second_half") and not _every(layers):
+    if _has_two_stacks(model):
+        return _choose_in_both_stacks(model, sites, layers)
+    if isinstance(layers, str) and not _is_selection(layers):
         return _by_pattern(sites, layers, kind)
     stacks = sorted({s.layer_name.rpartition(".")[0] for s in sites})
     if len(stacks) > 1:

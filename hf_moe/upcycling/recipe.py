@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .builders.base import ExpertBuilder
 from .builders.copy import Copy
 from .exactness import Exactness
-from .feed_forward import FeedForwardSite, extract_feed_forward, locate_feed_forwards
+from .feed_forward import FeedForwardSite, count_layers, extract_feed_forward, locate_feed_forwards
 from .plan import UpcycledLayer, UpcyclePlan, build_layer
 from .report import MeasuredGap, UpcycleReport, count_parameters, measure_gap
 from .router_init.base import RouterInit
@@ -97,7 +97,9 @@ def upcycle(
     config = writer.config(model.config, plan)  # refuses wrong overrides before the long part
 
     tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(model, calibration, plan.router)
-    batches = None if calibration is None else calibration_batches(calibration, tokenizer)
+    batches = None
+    if calibration is not None:
+        batches = [_complete(model, batch) for batch in calibration_batches(calibration, tokenizer)]
     if batches is None and (check or writer.needs) and getattr(model.config, "vocab_size", None) is None:
         raise ValueError(
             f"{type(model).__name__} does not read tokens, so there are no random ones to try it on: pass "
@@ -117,7 +119,7 @@ def upcycle(
     if check:
         tokens = "calibration" if batches else "random"
         # Another seed than calibration on random tokens had: a check on the very tokens would prove nothing.
-        batches = batches or [random_batch(model.config.vocab_size, seed + 1, length=_check_length(model))]
+        batches = batches or [_random_batch(model, seed + 1)]
         gap = measure_gap(model, moe, batches[:MAX_CHECK_BATCHES], tokens)
         moe.config.upcycling["max_difference"] = gap.max_difference
         if exactness.exact and not gap.is_rounding:
@@ -236,11 +238,10 @@ def make_plan(
             "`layers`."
         )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    stack = sites[0].layer_name.rpartition(".")[0]
     plan = UpcyclePlan(
         source=source,
         source_config=model.config,
-        num_layers=sum(1 for _ in model.get_submodule(stack).children()),
+        num_layers=count_layers(model, sites),
         layers=tuple(site.layer_idx for site in sites),
         modules=tuple(site.name.removeprefix(prefix) for site in sites),
         form=forms[0].map(lambda t: t.to("meta")),
@@ -345,7 +346,7 @@ def _statistics(
     if not needs:
         return {}
     if batches is None:
-        batches = [random_batch(model.config.vocab_size, plan.seed, length=_check_length(model))]
+        batches = [_random_batch(model, plan.seed)]
     return collect_statistics(model, sites, batches, needs)
 
 
@@ -367,6 +368,22 @@ def _layers(
         done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
 
 
+def _random_batch(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
+    return _complete(model, random_batch(model.config.vocab_size, seed, length=_check_length(model)))
+
+
+def _complete(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch that a decoder beside an encoder can be run on too: by default it reads what the encoder reads."""
+    given = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+    if not getattr(model.config, "is_encoder_decoder", False) or any(name in batch for name in given):
+        return batch
+    return {**batch, "decoder_input_ids": batch["input_ids"]}
+
+
 def _check_length(model: PreTrainedModel) -> int:
     """Tokens of the random batch: within the positions the model has."""
-    return max(1, min(128, getattr(model.config, "max_position_embeddings", None) or 128))
+    positions = getattr(model.config, "max_position_embeddings", None) or 128
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts from there
+        positions -= table.padding_idx + 1
+    return max(1, min(128, positions))

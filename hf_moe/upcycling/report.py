@@ -1,7 +1,7 @@
 """What an upcycling run promises and what was measured."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -9,10 +9,12 @@ from transformers import PreTrainedModel
 from hf_moe.modes import eval_mode
 
 
-__all__ = ["MeasuredGap", "UpcycleReport", "count_parameters", "measure_gap"]
+__all__ = ["ExactnessReport", "MeasuredGap", "UpcycleReport", "count_parameters", "measure_gap"]
 
 # Largest |difference| that counts as rounding, relative to the largest |logit| (at least 1), for exact recipes.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
+# What is compared: the first of these that the dense model returns.
+OUTPUTS = ("logits", "start_logits", "prediction_logits", "last_hidden_state")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def measure_gap(
             ours, theirs = (
                 m(**{k: v.to(m.device) for k, v in inputs.items()}, return_dict=True) for m in (moe, dense)
             )
-            output = "logits" if "logits" in theirs else "last_hidden_state"
+            output = next(name for name in OUTPUTS if name in theirs)
             reference = theirs[output].float()
             difference = (ours[output].to(reference.device).float() - reference).abs()
             mask = inputs.get("attention_mask")
@@ -88,8 +90,47 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
 
 
+class ExactnessReport:
+    """What reports on a conversion share: a verdict on exactness, and facts as a table."""
+
+    predicted_exact: bool
+    reason: str
+    measured: MeasuredGap | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(cast(Any, self))
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on exactness: the prediction and the measurement."""
+        said = "the same function as the dense model" if self.predicted_exact else "not exactly the dense model"
+        text = f"{said} ({self.reason})"
+        if self.measured is None:
+            return f"{text}; not measured"
+        gap = self.measured
+        return (
+            f"{text}; measured max |Δ{gap.output}| {gap.max_difference:.2g} on {gap.num_tokens} {gap.tokens} tokens "
+            f"in {gap.dtype} (largest |{gap.output}| {gap.largest:.3g})"
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts as name and text."""
+        raise TypeError(f"{type(self).__name__} must define `rows`.")
+
+    def to_markdown(self) -> str:
+        """A two-column table."""
+        lines = ["| | |", "|---|---|"]
+        lines += [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in self.rows()]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows())
+
+
 @dataclass
-class UpcycleReport:
+class UpcycleReport(ExactnessReport):
     """Result of [`upcycle`]: print it, save it, or put it in the model card.
 
     Args:
@@ -127,25 +168,7 @@ class UpcycleReport:
     measured: MeasuredGap | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        return asdict(self)
-
-    @property
-    def verdict(self) -> str:
-        """One sentence on exactness: the prediction and the measurement."""
-        said = "the same function as the dense model" if self.predicted_exact else "not exactly the dense model"
-        text = f"{said} ({self.reason})"
-        if self.measured is None:
-            return f"{text}; not measured"
-        gap = self.measured
-        return (
-            f"{text}; measured max |Δ{gap.output}| {gap.max_difference:.2g} on {gap.num_tokens} {gap.tokens} tokens "
-            f"in {gap.dtype} (largest |{gap.output}| {gap.largest:.3g})"
-        )
-
     def rows(self) -> list[tuple[str, str]]:
-        """The facts as name and text."""
         layers = [entry["layer"] for entry in self.layers]
         which = "all" if len(layers) == self.num_layers else ", ".join(map(str, layers))
         return [
@@ -162,16 +185,6 @@ class UpcycleReport:
             ("Size", f"{self.num_bytes / 2**20:,.1f} MiB"),
             ("Seed", str(self.seed)),
         ]
-
-    def to_markdown(self) -> str:
-        """A two-column table."""
-        lines = ["| | |", "|---|---|"]
-        lines += [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in self.rows()]
-        return "\n".join(lines) + "\n"
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows())
 
 
 def _call(description: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, T tokens, D hidden, I intermediate.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,8 +40,8 @@ class LayerStatistics:
     Args:
         router_inputs (`torch.Tensor` of shape `(T, D)`, *optional*): What the feed-forward received, padding excluded.
         activations (`torch.Tensor` of shape `(T, I)`, *optional*): What W_d received, a_c.
-        importance (`dict[str, torch.Tensor]`): `"taylor"` mean |a_c dL/da_c| and `"contribution"`
-            mean |a_c| * ||W_d[:, c]||, each `(I,)`, as far as asked for.
+        importance (`dict[str, torch.Tensor]`): `"taylor"` mean |a_c dL/da_c|, `"activity"` mean |a_c| and
+            `"contribution"` mean |a_c| * ||W_d[:, c]||, each `(I,)`, as far as asked for.
         num_tokens (`int`): Tokens seen.
     """
 
@@ -63,7 +64,7 @@ def required(stats: LayerStatistics | None, name: str, who: Any) -> torch.Tensor
 
     Args:
         stats ([`LayerStatistics`], *optional*): What was collected.
-        name (`str`): `"router_inputs"`, `"activations"`, `"taylor"` or `"contribution"`.
+        name (`str`): `"router_inputs"`, `"activations"`, `"taylor"`, `"activity"` or `"contribution"`.
         who: The builder or router start that reads it, for the message.
 
     Returns:
@@ -168,7 +169,7 @@ def collect_statistics(
         model (`nn.Module`): Dense model; its parameters, gradients and modes are the same afterwards.
         sites (`list[FeedForwardSite]`): Layers to watch.
         batches (`list[dict]`): Model inputs; `attention_mask` marks padding.
-        needs (`Iterable[str]`): Of `"router_inputs"`, `"activations"`, `"taylor"`, `"contribution"`.
+        needs (`Iterable[str]`): Of `"router_inputs"`, `"activations"`, `"taylor"`, `"activity"`, `"contribution"`.
 
     Returns:
         `dict[int, LayerStatistics]`: By layer index.
@@ -205,7 +206,13 @@ def _mask(batch: dict[str, torch.Tensor], model: nn.Module, site: FeedForwardSit
 
 def _run_with_gradient(model, batch, observers) -> None:
     inputs = dict(batch)
-    if "labels" not in inputs:
+    if not inputs.keys() & {"labels", "start_positions"}:
+        if re.search("For(?!CausalLM|MaskedLM|PreTraining|ConditionalGeneration)", type(model).__name__):
+            raise ValueError(
+                f'Importances by gradient ("taylor") are those of the loss of {type(model).__name__}, which needs the '
+                "labels of its task: pass `calibration` as model inputs with `labels` (`start_positions` and "
+                "`end_positions` for question answering)."
+            )
         labels = inputs["input_ids"].clone()
         if inputs.get("attention_mask") is not None:
             labels = labels.masked_fill(inputs["attention_mask"] == 0, -100)
@@ -244,7 +251,7 @@ class _Observer:
 
     def __enter__(self):
         self.handles = [
-            self.site.module.register_forward_pre_hook(self._on_input, with_kwargs=True),
+            self.site.entry.register_forward_pre_hook(self._on_input, with_kwargs=True),
             self.down.register_forward_pre_hook(self._on_activation),
         ]
         return self
@@ -271,8 +278,9 @@ class _Observer:
     def _on_activation(self, module, args):
         state = args[0]
         self._keep("activations", state)
-        if "contribution" in self.needs:
-            self.add_importance("contribution", state.abs())
+        for name in ("activity", "contribution"):
+            if name in self.needs:
+                self.add_importance(name, state.abs())
         if "taylor" in self.needs:
             # A frozen model gives no graph at its first layers: start one here.
             state = state if state.requires_grad else state.detach().requires_grad_()

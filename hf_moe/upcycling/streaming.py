@@ -166,7 +166,7 @@ def _convert(
 
 def _filled(site: FeedForwardSite, reader: CheckpointReader) -> nn.Module:
     """The feed-forward of one layer, with weights; the skeleton keeps none."""
-    entries = {name: reader[f"{site.name}.{name}"] for name in site.module.state_dict()}
+    entries = {name: reader[site.checkpoint_key(name)] for name in site.module.state_dict()}
     dtype = next(iter(entries.values())).dtype
     module = copy.deepcopy(site.module).to_empty(device="cpu").to(dtype)
     module.load_state_dict(entries)

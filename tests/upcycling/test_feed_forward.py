@@ -143,11 +143,11 @@ def test_layers_must_be_integers():
 
 
 def test_a_model_without_plain_feed_forwards_is_named():
-    from transformers import BertConfig, BertModel
+    from transformers import MambaConfig, MambaModel
 
-    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match=r"BertModel cannot be upcycled: no layer has a plain feed-forward"):
-        locate_feed_forwards(BertModel(config))
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(ValueError, match=r"MambaModel cannot be upcycled: no layer has a plain feed-forward"):
+        locate_feed_forwards(MambaModel(config))
 
 
 def test_a_mixture_of_experts_is_not_upcycled_again():

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     SiglipVisionConfig,
@@ -50,7 +50,7 @@ def ids():
 @pytest.mark.parametrize("kind", SOURCES)
 def test_copies_compute_the_dense_model_before_and_after_reloading(kind, ids, tmp_path):
     model = dense(kind)
-    moe, report = upcycle(model, num_experts=4, top_k=2)
+    moe, report = upcycle(model, num_experts=4, top_k=2, target="generic")
     assert report.target == "generic"
     assert report.predicted_exact
     assert report.measured.max_difference <= 1e-6
@@ -72,7 +72,7 @@ def test_every_experts_implementation_gives_the_dense_logits(implementation, ids
 
 def test_generation_is_that_of_the_dense_model(ids):
     model = dense("phi")
-    moe, _ = upcycle(model, num_experts=4, top_k=2, check=False)
+    moe, _ = upcycle(model, num_experts=4, top_k=2, target="generic", check=False)
     options = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(moe.generate(ids, **options), model.generate(ids, **options))
 
@@ -84,7 +84,7 @@ def test_chosen_layers_only_are_replaced():
 
 
 def test_the_balance_loss_is_added_in_training_and_its_router_learns(ids):
-    moe, _ = upcycle(dense("phi"), num_experts=4, top_k=2, check=False)
+    moe, _ = upcycle(dense("phi"), target="generic", num_experts=4, top_k=2, check=False)
     moe.train()
     output = moe(ids, labels=ids)
     plain = moe.eval()(ids, labels=ids)
@@ -95,7 +95,7 @@ def test_the_balance_loss_is_added_in_training_and_its_router_learns(ids):
 
 
 def test_padding_does_not_enter_the_balance_loss(ids):
-    moe, _ = upcycle(dense("phi"), num_experts=4, top_k=2, check=False)
+    moe, _ = upcycle(dense("phi"), target="generic", num_experts=4, top_k=2, check=False)
     padded = torch.cat([ids, torch.zeros_like(ids)], dim=1)
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(ids)], dim=1)
     short = moe(ids, output_router_logits=True).aux_loss
@@ -103,14 +103,14 @@ def test_padding_does_not_enter_the_balance_loss(ids):
 
 
 def test_tuples_are_returned_on_request(ids):
-    moe, _ = upcycle(dense("phi"), num_experts=2, top_k=1, check=False)
+    moe, _ = upcycle(dense("phi"), target="generic", num_experts=2, top_k=1, check=False)
     output = moe(ids, output_router_logits=True, return_dict=False)
     assert isinstance(output, tuple)
     assert torch.equal(output[0], moe(ids).logits)
 
 
 def test_models_pickle(ids):
-    moe, _ = upcycle(dense("phi"), num_experts=2, top_k=1, check=False)
+    moe, _ = upcycle(dense("phi"), target="generic", num_experts=2, top_k=1, check=False)
     again = pickle.loads(pickle.dumps(moe))
     assert torch.equal(again(ids).logits, moe(ids).logits)
 
@@ -151,8 +151,8 @@ def test_unknown_dense_types_are_refused():
 
 
 def test_models_without_plain_feed_forwards_are_refused_by_name():
-    model = BertForMaskedLM(BertConfig(**SIZES))
-    with pytest.raises(ValueError, match="BertForMaskedLM cannot be upcycled"):
+    model = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64))
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be upcycled"):
         upcycle(model, num_experts=2, top_k=1, experts=Copy())
 
 

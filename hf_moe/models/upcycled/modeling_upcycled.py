@@ -51,7 +51,10 @@ class UpcycledMixin(MoePreTrainedMixin):
         for index, name in enumerate(self.config.moe_modules):
             parent, _, child = name.rpartition(".")
             block = UpcycledFeedForward(self._block_config(), index)
-            setattr(base.get_submodule(parent), child, block)
+            layer: Any = base.get_submodule(parent)
+            if child == "intermediate" and hasattr(layer, "output"):
+                layer.output.dense = nn.Identity()  # BERT's layout: the feed-forward is two modules
+            setattr(layer, child, block)
             block.gate.register_forward_hook(self._note_router_logits)
         if base is not self:
             # TRL calls the base model itself, which knows nothing of routing, and reads `router_logits`.

@@ -116,7 +116,7 @@ class Prompts(RouterInit):
             states = hidden_states.detach()[0].float()  # (S, D)
             found[layer] = (states[-1] if self.mode == "hidden" else states.mean(dim=0)).cpu()
 
-        modules = {s.layer_idx: s.module if self.tap == "router_input" else _layer(model, s) for s in sites}
+        modules = {s.layer_idx: s.entry if self.tap == "router_input" else _layer(model, s) for s in sites}
         with eval_mode(model), capture_inputs(modules, keep):
             model(input_ids=ids)
         return found

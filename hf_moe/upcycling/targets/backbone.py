@@ -1,4 +1,5 @@
-"""Targets of this package: `moe_llama`, `moe_qwen2`, `moe_qwen3`, `moe_gpt2` and `moe_plus_plus`.
+"""Targets of this package: `moe_llama`, `moe_qwen2`, `moe_qwen3`, `moe_gpt2`, `moe_bert`, `moe_roberta`,
+`moe_t5` and `moe_plus_plus`.
 
 Shapes: D hidden, I expert width, N experts, Z zero-computation experts, K per token.
 """
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from hf_moe.routing.registry import build_router
 from hf_moe.upcycling.feed_forward import DenseFeedForward
-from hf_moe.upcycling.plan import RouterStart, UpcyclePlan
+from hf_moe.upcycling.plan import RouterStart, UpcycledLayer, UpcyclePlan
 from hf_moe.upcycling.router_init.random import Normal
 from hf_moe.upcycling.statistics import required
 
@@ -133,8 +134,12 @@ class BackboneTarget(CheckpointTarget):
         router = ".mlp.gate." in key and not key.endswith(".gate.weight")
         return router or any(part in key for part in (".residual_gate.", ".zero_experts.", "load_balancer."))
 
+    def block_name(self, layer: UpcycledLayer) -> str:
+        """Module path of the block that takes the place of a feed-forward."""
+        return layer.name
+
     def layer_tensors(self, layer):
-        block = layer.name
+        block = self.block_name(layer)
         # A router's own first values, then those that replace them.
         entries = {f"{block}.{name}": tensor for name, tensor in (layer.router.extra or {}).items()}
         replaced = {f"{block}.gate.weight": layer.router.weight, f"{block}.gate.bias": layer.router.bias}
@@ -280,12 +285,32 @@ class MoePlusPlusTarget(BackboneTarget):
         return self.checked(config, start._replace(weight=rows, bias=bias))
 
 
+class EncoderTarget(BackboneTarget):
+    """`moe_bert` and `moe_roberta`, whose blocks take the place of two modules of a dense layer."""
+
+    def refusal(self, model, plan):
+        refusal = super().refusal(model, plan)
+        if refusal is None and (model.config.is_decoder or model.config.add_cross_attention):
+            return "the source is a decoder (`is_decoder`, `add_cross_attention`)"
+        return refusal
+
+    def block_name(self, layer):
+        return f"{layer.layer_name}.mlp"
+
+
 def backbone_targets() -> list[BackboneTarget]:
     """All of them; `moe_plus_plus` is never chosen by `"auto"`."""
+    from .t5 import T5Target
+
     return [
         BackboneTarget("moe_llama", ("llama", "mistral")),
         BackboneTarget("moe_qwen2", ("qwen2",)),
         BackboneTarget("moe_qwen3", ("qwen3",)),
         BackboneTarget("moe_gpt2", ("gpt2",)),
+        T5Target(),
+        EncoderTarget("moe_bert", ("bert",)),
+        EncoderTarget("moe_roberta", ("roberta", "xlm-roberta", "camembert")),
+        BackboneTarget("moe_stablelm", ("stablelm",)),
+        BackboneTarget("moe_phi", ("phi",)),
         MoePlusPlusTarget(),
     ]

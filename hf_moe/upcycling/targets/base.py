@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from hf_moe.upcycling.exactness import Exactness
 from hf_moe.upcycling.plan import RouterStart, UpcycledLayer, UpcyclePlan
+from hf_moe.upcycling.split_feed_forward import replaced_modules
 from hf_moe.upcycling.statistics import LayerStatistics
 
 
@@ -21,10 +22,13 @@ __all__ = ["CheckpointTarget", "Target", "head_mapping"]
 # Heads a dense model may have, the specific ones first.
 HEADS = {
     "causal language model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "sequence-to-sequence language model": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "masked language model": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
     "sequence classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "question answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     "base model": modeling_auto.MODEL_MAPPING,
+    "text encoder": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING,
 }
 # Fields of the source config that do not describe the result.
 NOT_CARRIED = ("architectures", "auto_map", "dtype", "model_type", "quantization_config", "torch_dtype",
@@ -139,7 +143,7 @@ class CheckpointTarget(Target):
 
     def drops(self, key: str, names: set[str]) -> bool:
         """Whether a dense checkpoint's entry belongs to one of the replaced feed-forwards (`names`)."""
-        return any(key.startswith(f"{name}.") for name in names)
+        return any(key.startswith(f"{module}.") for name in names for module in replaced_modules(name))
 
     def config(self, source_config, plan):
         return self.make_config(source_config, plan, plan.overrides)
