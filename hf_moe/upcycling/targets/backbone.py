@@ -302,14 +302,11 @@ def backbone_targets() -> list[BackboneTarget]:
     """All of them; `moe_plus_plus` is never chosen by `"auto"`."""
     from .t5 import T5Target
 
-    from .t5 import T5Target
-
     return [
         BackboneTarget("moe_llama", ("llama", "mistral")),
         BackboneTarget("moe_qwen2", ("qwen2",)),
         BackboneTarget("moe_qwen3", ("qwen3",)),
         BackboneTarget("moe_gpt2", ("gpt2",)),
-        T5Target(),
         T5Target(),
         EncoderTarget("moe_bert", ("bert",)),
         EncoderTarget("moe_roberta", ("roberta", "xlm-roberta", "camembert")),

@@ -23,13 +23,11 @@ __all__ = ["CheckpointTarget", "Target", "head_mapping"]
 HEADS = {
     "causal language model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
     "sequence-to-sequence language model": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    "sequence-to-sequence language model": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     "masked language model": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
     "sequence classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "question answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     "base model": modeling_auto.MODEL_MAPPING,
-    "text encoder": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING,
     "text encoder": modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING,
 }
 # Fields of the source config that do not describe the result.
