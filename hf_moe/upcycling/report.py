@@ -71,7 +71,8 @@ def measure_gap(
             )
             output = next(name for name in OUTPUTS if name in theirs)
             reference = theirs[output].float()
-            difference = (ours[output].to(reference.device).float() - reference).abs()
+            # Where the residual stream itself was widened, it begins with the coordinates it had.
+            difference = (ours[output][..., : reference.shape[-1]].to(reference.device).float() - reference).abs()
             mask = inputs.get("attention_mask")
             if mask is not None and mask.shape == difference.shape[:2]:
                 difference, reference = (x[mask.bool().to(x.device)] for x in (difference, reference))
