@@ -20,7 +20,9 @@ register_adapters()
 register_experts_implementations()
 
 
-_BACKBONES = {"GPT2": "gpt2", "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+_BACKBONES = {
+    "GPT2": "gpt2", "Llama": "llama", "Phi": "phi", "Qwen2": "qwen2", "Qwen3": "qwen3", "StableLm": "stablelm"
+}  # fmt: skip
 _HEADS = ("Config", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model", "PreTrainedModel")
 _ENCODERS = {"Bert": "bert", "Roberta": "roberta"}
 _T5_HEADS = ("Config", "EncoderModel", "ForConditionalGeneration", "Model", "PreTrainedModel")

@@ -12,10 +12,12 @@ MODEL_TYPES = {
     "moe_gpt2": ("gpt2", "MoeGPT2Config"),
     "moe_llama": ("llama", "MoeLlamaConfig"),
     "moe_plus_plus": ("moe_plus_plus", "MoePlusPlusConfig"),
+    "moe_phi": ("phi", "MoePhiConfig"),
     "moe_qwen2": ("qwen2", "MoeQwen2Config"),
     "moe_qwen3": ("qwen3", "MoeQwen3Config"),
     "moe_roberta": ("roberta", "MoeRobertaConfig"),
     "moe_t5": ("t5", "MoeT5Config"),
+    "moe_stablelm": ("stablelm", "MoeStableLmConfig"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"

@@ -30,6 +30,7 @@ class Backbone:
         causal_lm (`str`, *optional*): Dense language model class; `<prefix>ForCausalLM` by default.
         layers_attribute (`str`, defaults to `"layers"`): Where the base model keeps its layers.
         layer_mixin (`str`, *optional*): `"module:Class"` in place of [`MoeDecoderLayerMixin`], relative to `package`.
+        lm_head_bias (`bool`, defaults to `False`): Whether the language-model head has a bias.
     """
 
     package: str
@@ -40,6 +41,7 @@ class Backbone:
     causal_lm: str | None = None
     layers_attribute: str = "layers"
     layer_mixin: str | None = None
+    lm_head_bias: bool = False
 
     #: Suffixes of the classes that enter an Auto table, and of the others.
     heads: ClassVar[tuple[str, ...]] = HEADS
@@ -115,6 +117,7 @@ class Backbone:
             (moe.MoeForCausalLMMixin, base, GenerationMixin),
             "Language model; see [`MoeForCausalLMMixin`] for what `forward` takes and returns.",
             base_class=model,
+            lm_head_bias=self.lm_head_bias,
             **{plan: vars(dense_lm)[plan] for plan in plans if plan in vars(dense_lm)},
         )
         # The generic heads would set their own `base_model_prefix`.

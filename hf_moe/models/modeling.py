@@ -416,12 +416,14 @@ class MoeForCausalLMMixin(RouterLossesMixin):
 
     #: The MoE base model class of the backbone.
     base_class: type
+    #: Whether its linear head has a bias.
+    lm_head_bias = False
 
     def __init__(self, config: Any):
         super().__init__(config)
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
         if len(set(config.experts_per_layer)) > 1:
             self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
         self.post_init()

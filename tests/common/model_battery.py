@@ -59,7 +59,16 @@ _GPT2_SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SIZES = {"moe_gpt2": _GPT2_SIZES, "moe_qwen3": {**_LLAMA_SIZES, "head_dim": 8}}
+_STABLELM_SIZES = {**_LLAMA_SIZES, "qk_layernorm": True, "use_qkv_bias": True}
+# MoE in every layer, two experts per token, whatever the type does by itself.
+_EVERY_LAYER = {"moe_layers": "all", "num_experts_per_tok": 2}
+SIZES = {
+    "dynamic_moe": {**_LLAMA_SIZES, **_EVERY_LAYER},
+    "moe_gpt2": _GPT2_SIZES,
+    "moe_qwen3": {**_LLAMA_SIZES, "head_dim": 8},
+    "moe_stablelm": _STABLELM_SIZES,
+    "pr_moe": {**_GPT2_SIZES, **_EVERY_LAYER},
+}
 # What a common name is called by types that know it under another one.
 NAMES = {"moe_gpt2": {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "intermediate_size": "n_inner"}}
 

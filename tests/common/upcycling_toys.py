@@ -66,6 +66,7 @@ def _configs():
         PhiConfig,
         Qwen2Config,
         Qwen3Config,
+        StableLmConfig,
     )
 
     sizes = dict(
@@ -93,6 +94,7 @@ def _configs():
         "gpt2": lambda **k: GPT2Config(**{**gpt2, "bos_token_id": 1, "eos_token_id": 2, **k}),
         "gpt_neox": lambda **k: GPTNeoXConfig(**{**sizes, **k}),
         "phi": lambda **k: PhiConfig(**{**sizes, **k}),
+        "stablelm": lambda **k: StableLmConfig(**{**grouped, **k}),
     }
 
 

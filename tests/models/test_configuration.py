@@ -130,7 +130,7 @@ def test_moe_layers_are_parsed(moe_layers, layers, expected):
 def test_sizes_default_to_the_dense_models(model_type):
     config = make_config(model_type)
     assert config.moe_intermediate_size == config.shared_expert_intermediate_size == config.intermediate_width == 48
-    assert config.expert_type == ("mlp_bias" if model_type == "moe_gpt2" else "swiglu")
+    assert config.expert_type == ("mlp_bias" if model_type in ("moe_gpt2", "moe_phi") else "swiglu")
     assert config.num_local_experts == config.num_experts == 4  # the two names libraries read
     assert config.num_routing_targets == 4 + config.num_zero_computation_experts
     assert make_config(model_type, moe_intermediate_size=16).shared_expert_intermediate_size == 16

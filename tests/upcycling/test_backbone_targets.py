@@ -19,7 +19,8 @@ from hf_moe.upcycling import (
 )
 
 
-BACKBONES = {"llama": "moe_llama", "qwen2": "moe_qwen2", "qwen3": "moe_qwen3", "gpt2": "moe_gpt2"}
+BACKBONES = {"llama": "moe_llama", "qwen2": "moe_qwen2", "qwen3": "moe_qwen3", "gpt2": "moe_gpt2", "phi": "moe_phi",
+             "stablelm": "moe_stablelm"}  # fmt: skip
 RECIPES = {
     "copies": {},
     "sigmoid": dict(weights=WeightRule("sigmoid", 2.5)),
