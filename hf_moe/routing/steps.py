@@ -261,8 +261,10 @@ def count_batch_targets(batches: Iterable[Mapping[str, Any]]) -> int | torch.Ten
             mask = target_mask(batch["labels"])
         if mask is not None and mask.dim() == 2:
             total = total + mask.ne(0).sum()
-        elif ids is not None or embeds is not None:
-            total = total + (ids.numel() if ids is not None else embeds.shape[:-1].numel())
+        elif ids is not None:
+            total = total + ids.numel()
+        elif embeds is not None:
+            total = total + embeds.shape[:-1].numel()
         else:
             raise ValueError(
                 f"cannot count the target tokens of a batch with the keys {sorted(batch)}: it needs `labels`, "

@@ -352,12 +352,15 @@ def _choose_in_both_stacks(
 ) -> list[FeedForwardSite]:
     """`layers` of the encoder and of the decoder; the decoder's are counted on from the encoder's."""
     sizes, before, found = _stack_sizes(model, sites), 0, []
-    pattern = isinstance(layers, str) and not _is_selection(layers)
-    chosen = {site.name for site in _by_pattern(sites, layers, type(model).__name__)} if pattern else set()
+    chosen: set[str] | None = None
+    if isinstance(layers, str) and not _is_selection(layers):
+        chosen = {site.name for site in _by_pattern(sites, layers, type(model).__name__)}
     for stack, size in sizes.items():
-        indices = [] if pattern else _indices(layers, size)
+        indices = _indices(layers, size) if chosen is None else []
         for site in sites:
-            if site.layer_name.rpartition(".")[0] == stack and (site.name in chosen or site.layer_idx in indices):
+            if site.layer_name.rpartition(".")[0] == stack and (
+                site.layer_idx in indices if chosen is None else site.name in chosen
+            ):
                 found.append(replace(site, layer_idx=before + site.layer_idx))
         before += size
     if not found:

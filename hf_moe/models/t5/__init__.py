@@ -112,7 +112,7 @@ class MoeT5Config(MoeConfigMixin, T5Config):
         return [
             layer_config(stack, layer)
             for stack in stacks
-            for layer in dict(zip(stack.num_experts, stack.moe_layer_indices, strict=True)).values()
+            for layer in dict(zip(stack.experts_per_layer, stack.moe_layer_indices, strict=True)).values()
         ]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "MoeT5Config":

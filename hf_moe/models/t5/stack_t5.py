@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Block, T5LayerNorm, T5PreTrainedModel, T5Stack
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from hf_moe.experts.dense import DenseExpert
@@ -82,34 +82,34 @@ class MoeT5Block(T5Block):
     ) -> tuple:
         """Self-attention, in the decoder cross-attention, feed-forward; takes and returns `(B, S, D)`, with a router
         state if any, and the position biases that T5's layers share."""
-        hidden_states, router_state = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
-        hidden_states, position_bias, _ = self.layer[0](
-            hidden_states,
+        states, router_state = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
+        states, position_bias, _ = self.layer[0](
+            states,
             attention_mask=attention_mask,
             position_bias=position_bias,
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states, cross_bias = _finite(hidden_states), None
+        states, cross_bias = _finite(states), None
         if self.is_decoder and encoder_hidden_states is not None:
-            hidden_states, cross_bias, _ = self.layer[1](
-                hidden_states,
+            states, cross_bias, _ = self.layer[1](
+                states,
                 key_value_states=encoder_hidden_states,
                 attention_mask=encoder_attention_mask,
                 position_bias=encoder_decoder_position_bias,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            hidden_states = _finite(hidden_states)
+            states = _finite(states)
         if isinstance(self.layer[-1], MoeT5LayerFF):
             context = (routing_context or RoutingContext())._replace(prev_state=router_state)
-            hidden_states, router_state = self.layer[-1](hidden_states, context)
+            states, router_state = self.layer[-1](states, context)
         else:
-            hidden_states = self.layer[-1](hidden_states)
-        hidden_states = _finite(hidden_states)
-        if router_state is not None and not self.is_last:
-            hidden_states = RoutedHiddenStates(hidden_states, router_state)
-        return hidden_states, position_bias, cross_bias
+            states = self.layer[-1](states)
+        states = _finite(states)
+        if router_state is None or self.is_last:
+            return states, position_bias, cross_bias
+        return RoutedHiddenStates(states, router_state), position_bias, cross_bias
 
 
 def _finite(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ class MoeT5PreTrainedModel(MoePreTrainedMixin, T5PreTrainedModel):
     config_class = MoeT5Config
     _no_split_modules = ["MoeT5Block"]
     _can_record_outputs = {
-        **T5PreTrainedModel._can_record_outputs,
+        **(T5PreTrainedModel._can_record_outputs or {}),
         **MoePreTrainedMixin.ROUTER_RECORDS,
         "hidden_states": OutputRecorder(MoeT5Block, index=0),
     }

@@ -7,7 +7,7 @@ __all__ = ["T5Target"]
 
 
 class T5Target(BackboneTarget):
-    """T5 1.0 and 1.1 to `moe_t5`. Layers chosen in a stack become its `moe_layers`; a stack without any stays dense."""
+    """T5 1.0 and 1.1 to `moe_t5`. Layers chosen in a stack become its MoE layers; without any it stays dense."""
 
     def __init__(self):
         super().__init__("moe_t5", ("t5",))
