@@ -34,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _ENCODERS.items() for head in _ENCODER_HEADS},
         **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
+        **{f"ReadMe{head}": ".models.read_me" for head in ("Config", "ForCausalLM", "Model", "PreTrainedModel")},
         **{f"MoeT5{head}": ".models.t5" for head in _T5_HEADS},
         "AgdConfig": ".adapters",
         "BaseRouter": ".routing",

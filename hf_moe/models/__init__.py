@@ -18,6 +18,7 @@ MODEL_TYPES = {
     "moe_roberta": ("roberta", "MoeRobertaConfig"),
     "moe_t5": ("t5", "MoeT5Config"),
     "moe_stablelm": ("stablelm", "MoeStableLmConfig"),
+    "read_me": ("read_me", "ReadMeConfig"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"

@@ -10,6 +10,7 @@ from torch import nn
 
 import hf_moe
 from hf_moe.models import MODEL_TYPES, config_class
+from hf_moe.models.configuration import MoeConfigMixin
 from hf_moe.routing import BaseRouter
 
 
@@ -26,9 +27,12 @@ __all__ = [
     "seeded",
 ]
 
-# Types with a causal language model. Encoders have files of their own beside those that go through this list.
+# Types with a causal language model and a router in each MoE layer. Others have files of their own beside those that go
+# through this list.
 TYPES = sorted(
-    t for t, (_, config) in MODEL_TYPES.items() if config.replace("Config", "ForCausalLM") in hf_moe.__all__
+    t
+    for t, (_, config) in MODEL_TYPES.items()
+    if config.replace("Config", "ForCausalLM") in hf_moe.__all__ and issubclass(config_class(t), MoeConfigMixin)
 )
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
 VOCABULARY = 64
