@@ -374,9 +374,12 @@ def _random_batch(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
 
 def _complete(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch that a decoder beside an encoder can be run on too: by default it reads what the encoder reads."""
-    given = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+    given = ("decoder_input_ids", "decoder_inputs_embeds")
     if not getattr(model.config, "is_encoder_decoder", False) or any(name in batch for name in given):
         return batch
+    shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if "labels" in batch and shifted is not None:
+        return {**batch, "decoder_input_ids": shifted(labels=batch["labels"])}
     return {**batch, "decoder_input_ids": batch["input_ids"]}
 
 
