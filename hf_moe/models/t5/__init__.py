@@ -85,7 +85,7 @@ class MoeT5Config(MoeConfigMixin, T5Config):
     def decoder_moe_layer_indices(self) -> list[int]:
         """Indices of the decoder's MoE layers, sorted."""
         chosen = self.moe_layers if self.decoder_moe_layers is None else self.decoder_moe_layers
-        return _parse(chosen, self.num_decoder_layers, "decoder_moe_layers")
+        return _parse(chosen, self.num_decoder_layers or self.num_layers, "decoder_moe_layers")
 
     def stack_config(self, is_decoder: bool) -> "MoeT5Config":
         """A copy as the encoder or the decoder reads it: its own `num_layers` and `moe_layers`."""
@@ -96,7 +96,7 @@ class MoeT5Config(MoeConfigMixin, T5Config):
             config.num_experts = list(self.num_experts[of_encoder:] if is_decoder else self.num_experts[:of_encoder])
         if is_decoder:
             config.moe_layers = self.decoder_moe_layer_indices
-            config.num_layers = self.num_decoder_layers
+            config.num_layers = self.num_decoder_layers or self.num_layers
         else:
             config.use_cache = False
         config.decoder_moe_layers = "none"  # the other stack is not its business

@@ -183,6 +183,9 @@ class MoeT5Stack(MoeModelMixin, MoeT5PreTrainedModel, T5Stack):
     ) -> MoeT5StackOutput:
         """T5's forward, with router logits and indices recorded where `output_router_logits`. Tokens that
         `attention_mask` marks as padding are not routed."""
+        if (input_ids is None) == (inputs_embeds is None):
+            side = "decoder_" if self.is_decoder else ""
+            raise ValueError(f"Pass `{side}input_ids` or `{side}inputs_embeds`, and not both.")
         outputs = self.routed_forward(
             output_router_logits,
             input_ids=input_ids,
