@@ -424,9 +424,23 @@ class MoeForCausalLMMixin(RouterLossesMixin):
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
-        if len(set(config.experts_per_layer)) > 1:
-            self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
+        self.refuse_pooled_losses()
         self.post_init()
+
+    def generate(self, *args, **kwargs):
+        """As in transformers, but not with routers that choose among all tokens of a batch.
+
+        Raises:
+            ValueError: such a router; the message says what to do.
+        """
+        for _, block in self.moe_blocks():
+            if getattr(block.gate, "non_causal", False):
+                raise ValueError(
+                    f"`generate` cannot work with `router_type={self.config.router_type!r}`, which routes a token by "
+                    "the tokens after it, too. Set `router_config={'fallback': 'topk'}` and call `model.eval()`, or "
+                    "use another router."
+                )
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

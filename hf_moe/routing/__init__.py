@@ -11,6 +11,7 @@ _EXPORTS = {
     ".capacity": ["apply_capacity", "pack_slots"],
     ".dense_to_sparse": ["DenseToSparseRouter"],
     ".discovery": ["find_balancers", "find_routers"],
+    ".expert_choice": ["ExpertChoiceRouter"],
     ".fixed_random": ["FixedRandomRouter"],
     ".gating_residual": ["GatingResidualRouter", "MoePlusPlusReleaseRouter"],
     ".hashing": ["HashRouter", "balanced_hash_table", "random_hash_table"],

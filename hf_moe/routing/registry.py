@@ -25,6 +25,7 @@ ROUTERS: "NamedClasses[BaseRouter]" = NamedClasses(
         "comet": "tree",
         "dense_to_sparse": "dense_to_sparse",
         "dselect_k": "tree",
+        "expert_choice": "expert_choice",
         "fixed_random": "fixed_random",
         "gating_residual": "gating_residual",
         "hash": "hashing",

@@ -84,11 +84,18 @@ OPTIONS["dselect_k"] = [
     ("wide", {"gamma": 4.0, "entropy_coef": 0.0}, {"expert_capacity_factor": 0.75}),
     ("three", {"gamma": 3.0}, {"num_experts_per_tok": 3}),
 ]
+OPTIONS["expert_choice"] = [
+    ("all_tokens", {"fallback": "expert_choice"}, {}),
+    ("capped", {"fallback": "expert_choice", "max_experts": 3, "norm_topk_prob": True}, {"num_experts_per_tok": 3}),
+    ("everyone", {"fallback": "topk", "temperature": 2.0}, {"num_experts_per_tok": N}),
+]
 OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
     ("top_1", {}, {"num_experts_per_tok": 1}),
 ]
+# What a router cannot be evaluated without.
+NEEDED = {"expert_choice": {"fallback": "topk"}}
 # These routers tell zero-computation experts from others, so they get some among their N.
 MIXED = {"num_experts": N - 4, "num_constant_experts": 2, "num_copy_experts": 1, "num_zero_experts": 1}
 FIELDS = {"gating_residual": MIXED, "moepp_release": MIXED}
@@ -104,7 +111,7 @@ NOISY = {"dense_to_sparse"}
 
 def cases():
     for router_type in list_routers():
-        for name, options, fields in [("default", {}, {}), *OPTIONS.get(router_type, [])]:
+        for name, options, fields in [("default", NEEDED.get(router_type, {}), {}), *OPTIONS.get(router_type, [])]:
             yield pytest.param((router_type, options, fields), id=f"{router_type}-{name}")
 
 
