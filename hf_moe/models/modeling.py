@@ -424,7 +424,8 @@ class MoeForCausalLMMixin(RouterLossesMixin):
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
-        self.refuse_pooled_losses()
+        if len(set(config.experts_per_layer)) > 1:
+            self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
         self.post_init()
 
     def generate(self, *args, **kwargs):
