@@ -4,7 +4,7 @@ What becomes of the router losses of a model of hf_moe:
 
 | trainer | balance loss | z-loss, `balance_mode`, selection biases |
 |---|---|---|
-| `MoeTrainer`, `MoeSFTTrainer`, `MoeDPOTrainer` | ours, once per optimizer step | yes |
+| `MoeTrainer`, `MoeSFTTrainer`, `MoeDPOTrainer`, `MoEDistillationTrainer` | ours, once per optimizer step | yes |
 | stock `Trainer` | ours, added by the model's `forward` | z-loss; the others with `GlobalBalanceCallback` |
 | stock `SFTTrainer`, `DPOTrainer` | Mixtral's formula, each micro-batch by itself | no |
 
@@ -30,6 +30,8 @@ _EXPORTS: dict[str, str] = {
     "MixdaTextCollator": ".mixda_collators",
     "MixdaTrainer": ".mixda_trainer",
     "MixdaTrainingArguments": ".mixda_config",
+    "MoEDistillationConfig": ".moe_distillation_config",
+    "MoEDistillationTrainer": ".moe_distillation_trainer",
     "MoeDPOConfig": ".dpo_config",
     "MoeDPOTrainer": ".dpo_trainer",
     "MoeSFTConfig": ".sft_config",
@@ -43,10 +45,12 @@ _EXPORTS: dict[str, str] = {
     "PillStageCallback": ".pill_callback",
     "RouterLossCollector": ".router_losses",
     "UnlearningStep": ".unlearning_losses",
+    "hidden_state_discrepancy": ".distillation_losses",
     "optimizer_groups": ".parameter_groups",
     "parameter_roles": ".parameter_groups",
     "pill_learning_rate": ".pill_schedule",
     "pill_schedule": ".pill_schedule",
+    "prediction_discrepancy": ".distillation_losses",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

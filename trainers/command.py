@@ -6,7 +6,7 @@ import importlib
 
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
-METHODS = ("dpo", "sft", "unlearning")
+METHODS = ("distillation", "dpo", "sft", "unlearning")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

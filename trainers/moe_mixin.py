@@ -174,14 +174,27 @@ class MoeTrainerMixin(_Trainer):
         # The balancer's scale is right for a loss that the Trainer goes on to sum or to average itself. Where losses
         # are summed, the class below has already undone the mean over ranks, so what is added here has to as well.
         is_summed = self._loss_is_summed(num_items_in_batch)
-        over_ranks = self.accelerator.num_processes // self.get_tp_size()
-        factor = over_ranks if is_summed and self.args.average_tokens_across_devices else 1
+        factor = self._rank_factor(is_summed)
         for part in pending:
             losses = part.finish(num_items_in_batch=1 if is_summed else None)
             total = factor * losses.total(*coefficients)
             loss = loss + total.to(loss.device)
             self._note(losses)
         return (loss, outputs) if return_outputs else loss
+
+    def _rank_factor(self, is_summed: bool) -> int:
+        over_ranks = self.accelerator.num_processes // self.get_tp_size()
+        return over_ranks if is_summed and self.args.average_tokens_across_devices else 1
+
+    def _token_mean_scale(
+        self, num_tokens: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What to multiply a mean over the tokens of a micro-batch with, so that the step's loss holds the mean over
+        all its tokens, as it does of the router losses."""
+        is_summed = self._loss_is_summed(num_items_in_batch)
+        balancer, _ = next(iter(self._prepare_router_losses().balancers.values()))
+        scale = balancer._scale(num_tokens, num_items_in_batch=1 if is_summed else None)
+        return self._rank_factor(is_summed) * scale
 
     def _loss_is_summed(self, num_items_in_batch: torch.Tensor | int | None) -> bool:
         """Whether `training_step` sums what `compute_loss` returns over micro-batches instead of averaging it."""
@@ -238,14 +251,15 @@ class MoeTrainerMixin(_Trainer):
 
     # -- logs ----------------------------------------------------------------------------------------------------
     def _note(self, losses: BalanceLosses) -> None:
-        for name, value in (
-            ("aux_loss", losses.aux_loss),
-            ("router_z_loss", losses.z_loss),
-            ("router_penalty", losses.penalty),
-        ):
-            if value is not None:
-                total, count = self._router_metrics.get(name, (0.0, 0))
-                self._router_metrics[name] = (total + value.detach(), count + 1)
+        self._note_metric("aux_loss", losses.aux_loss)
+        self._note_metric("router_z_loss", losses.z_loss)
+        self._note_metric("router_penalty", losses.penalty)
+
+    def _note_metric(self, name: str, value: torch.Tensor | None) -> None:
+        """Has the mean of `value` over micro-batches and processes in the next log."""
+        if value is not None:
+            total, count = self._router_metrics.get(name, (0.0, 0))
+            self._router_metrics[name] = (total + value.detach(), count + 1)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in the class below, with the router losses of the micro-batches since the last log."""
