@@ -53,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RouterStats": ".routing",
         "RoutingContext": ".routing",
         "attribute_experts": ".attribution",
+        "convert_to_readme": ".upcycling",
         "create_model_card": ".model_cards",
         "grow_model": ".upcycling",
         "list_experts": ".experts",

@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("hf_moe.quickstart", "upcycle, fine-tune, report, save and reload a small real model"),
     "upcycle": Command("hf_moe.upcycling.command", "turn a dense checkpoint into a Mixture-of-Experts checkpoint"),
     "grow": Command("hf_moe.upcycling.growth.command", "turn a dense checkpoint into a larger dense checkpoint"),
+    "refactor": Command("hf_moe.upcycling.refactor_command", "turn a dense checkpoint into a Read-ME checkpoint"),
     "convert": Command("hf_moe.convert", "load a checkpoint that its authors released in a layout of their own"),
     "train": Command("hf_moe.trainers.command", "fine-tune with one of the training scripts, under accelerate launch"),
     "inspect": Command("hf_moe.reporting.command", "draw how a model routes a text: load, entropy, co-activation"),

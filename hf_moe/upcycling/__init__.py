@@ -33,6 +33,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "VirtualGroups": ".builders.virtual_groups",
         "WeightRule": ".weight_rules",
         "Zeros": ".router_init.random",
+        "channel_sets": ".channel_sets",
+        "convert_to_readme": ".refactor",
         "extract_feed_forward": ".feed_forward",
         "grow_model": ".growth",
         "list_targets": ".targets.choose",
