@@ -13,17 +13,19 @@ from .versions import check_versions
 check_versions()
 
 from . import models as models  # noqa: E402  (announces every model type)
-from .registration import register_adapters, register_experts_implementations  # noqa: E402
+from .registration import register_adapters, register_experts_implementations, register_quantizers  # noqa: E402
 
 
 register_adapters()
 register_experts_implementations()
+register_quantizers()
 
 
 _BACKBONES = {
     "GPT2": "gpt2", "Llama": "llama", "Phi": "phi", "Qwen2": "qwen2", "Qwen3": "qwen3", "StableLm": "stablelm"
 }  # fmt: skip
 _HEADS = ("Config", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model", "PreTrainedModel")
+_VLM_HEADS = ("Config", "ForConditionalGeneration", "Model", "PreTrainedModel")
 _ENCODERS = {"Bert": "bert", "Roberta": "roberta"}
 _T5_HEADS = ("Config", "EncoderModel", "ForConditionalGeneration", "Model", "PreTrainedModel")
 _ENCODER_HEADS = ("ForMaskedLM", "ForQuestionAnswering", *(head for head in _HEADS if head != "ForCausalLM"))
@@ -33,7 +35,10 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _ENCODERS.items() for head in _ENCODER_HEADS},
+        **{f"DynamicMoe{head}": ".models.dynamic_moe" for head in _HEADS},
+        **{f"MoeLlava{head}": ".models.moe_llava" for head in _VLM_HEADS},
         **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
+        **{f"PrMoe{head}": ".models.pr_moe" for head in _HEADS},
         **{f"ReadMe{head}": ".models.read_me" for head in ("Config", "ForCausalLM", "Model", "PreTrainedModel")},
         **{f"MoeT5{head}": ".models.t5" for head in _T5_HEADS},
         "AgdConfig": ".adapters",
@@ -56,6 +61,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "convert_to_readme": ".upcycling",
         "create_model_card": ".model_cards",
         "grow_model": ".upcycling",
+        "export_ternary": ".quantization",
         "list_experts": ".experts",
         "list_models": ".discovery",
         "list_routers": ".routing",
@@ -73,8 +79,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "trainers": ".trainers",
         "upcycle": ".upcycling",
         "upcycle_checkpoint": ".upcycling",
+        "upcycle_mote": ".upcycling",
         "UpcycleReport": ".upcycling",
         "SelfContrast": ".generation",
+        "SoftmaxGaussianMoE": ".statistics",
+        "SoftmaxGaussianMoEConfig": ".models.softmax_gaussian_moe",
+        "SoftmaxGaussianMoEForRegression": ".models.softmax_gaussian_moe",
         "generation": ".generation",
         "scmoe_generate": ".generation",
     },

@@ -25,6 +25,8 @@ __all__ = [
     "register_adapters",
     "register_config",
     "register_experts_implementations",
+    "register_quantization",
+    "register_quantizers",
     "when_imported",
 ]
 
@@ -96,6 +98,42 @@ def register_experts_implementations() -> None:
 
     # Importing the file registers its functions; where that file is what imported the registry, it is about to.
     when_imported("transformers.integrations.moe", lambda _: importlib.import_module("hf_moe.experts.kernels.front"))
+
+
+def register_quantizers() -> None:
+    """Enters every method of `hf_moe.quantization` in transformers once the module with its quantizers is imported,
+    which every model file does before it can load a checkpoint."""
+    when_imported(
+        "transformers.quantizers.auto", lambda _: importlib.import_module("hf_moe.quantization").register_all()
+    )
+
+
+def register_quantization(method: str, config_class: Any, quantizer_class: Any) -> None:
+    """Enters one method: what `quant_method` in `config.json` stands for.
+
+    Registering the same classes again does nothing.
+
+    Args:
+        method (`str`): The `quant_method`.
+        config_class (`type`): A `QuantizationConfigMixin`.
+        quantizer_class (`type`): An `HfQuantizer`.
+
+    Raises:
+        ValueError: The name is taken by another package's method.
+    """
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        register_quantization_config,
+        register_quantizer,
+    )
+
+    registered = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if registered is config_class:
+        return
+    if registered is not None:
+        raise ValueError(f"`quant_method={method!r}` is already {registered.__module__}.{registered.__name__}.")
+    register_quantization_config(method)(config_class)
+    register_quantizer(method)(quantizer_class)
 
 
 def register_adapters() -> None:

@@ -173,7 +173,7 @@ class Bench:
         arguments_class: type | None = None,
         **arguments: Any,
     ) -> Any:
-        """Trains in place with `MoeTrainer`, or another class.
+        """Trains in place with `MoeTrainer` (a dense model with `Trainer`), or another class.
 
         Args:
             model: A causal language model.
@@ -188,6 +188,7 @@ class Bench:
         Returns:
             The trainer, after training.
         """
+        from transformers import Trainer
         from transformers.trainer_callback import PrinterCallback
 
         from hf_moe.quickstart.data import TokenBlocks
@@ -212,7 +213,8 @@ class Bench:
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 **arguments,
             }
-            trainer = (trainer_class or MoeTrainer)(
+            usual = MoeTrainer if hasattr(model.config, "num_experts") else Trainer
+            trainer = (trainer_class or usual)(
                 model,
                 (arguments_class or MoeTrainingArguments)(**fields),
                 train_dataset=TokenBlocks(self.train_blocks if data is None else data),

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "MlpExperts": ".stacked",
         "StackedExperts": ".stacked",
         "SwiGLUExperts": ".stacked",
+        "TernaryExperts": ".ternary",
         "ZeroComputationExperts": ".zero_computation",
         "build_experts": ".registry",
         "list_experts": ".registry",

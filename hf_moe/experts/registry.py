@@ -15,7 +15,13 @@ EXPERTS: "NamedClasses[StackedExperts]" = NamedClasses(
     "expert_type",
     "expert bank",
     __package__,
-    {"mlp": "stacked", "mlp_bias": "stacked", "swiglu": "stacked", "swiglu_bias": "stacked"},
+    {
+        "mlp": "stacked",
+        "mlp_bias": "stacked",
+        "swiglu": "stacked",
+        "swiglu_bias": "stacked",
+        "ternary": "ternary",
+    },
 )
 
 

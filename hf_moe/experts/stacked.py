@@ -49,6 +49,18 @@ class StackedExperts(nn.Module):
             self.down_proj_bias = self._parameter(self.hidden_dim)
         self.reset_parameters()
 
+    @classmethod
+    def validate_options(cls, options: dict[str, Any]) -> None:
+        """Checks `config.expert_config` when a config is constructed. A bank with options overrides this.
+
+        Raises:
+            ValueError: an option the bank does not know, or a value it refuses.
+        """
+        if options:
+            raise ValueError(
+                f"`expert_config` has {sorted(options)}, but `expert_type={cls.expert_type!r}` takes no options."
+            )
+
     def _parameter(self, *shape: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(self.num_experts, *shape))
 

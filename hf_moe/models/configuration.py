@@ -79,6 +79,7 @@ class MoeConfigMixin:
         router_type (`str`, defaults to `"softmax_topk"`): See `hf_moe.list_routers()`.
         router_config (`dict`, *optional*): Keyword arguments of that router.
         expert_type (`str`, *optional*): See `hf_moe.list_experts()`; the backbone's own form by default.
+        expert_config (`dict`, *optional*): Options of that bank.
         num_shared_experts (`int`, defaults to 0): Experts every token passes through.
         shared_expert_intermediate_size (`int`, *optional*): Width of one; `moe_intermediate_size` by default.
         shared_expert_gate (`bool`, defaults to `False`): Weigh them with a sigmoid gate (Qwen2-MoE).
@@ -106,6 +107,7 @@ class MoeConfigMixin:
     router_type: str = "softmax_topk"
     router_config: dict[str, Any] = field(default_factory=dict)
     expert_type: str | None = None
+    expert_config: dict[str, Any] = field(default_factory=dict)
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
@@ -305,7 +307,7 @@ class MoeConfigMixin:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         validate_balance_options(self.balance_mode, self.balance_local_fraction, self.router_bias_update_speed)
         if self.expert_type is not None:
-            experts_class(self.expert_type)
+            experts_class(self.expert_type).validate_options(self.expert_config)
         if not isinstance(self.num_experts, (list, tuple)):
             validate_router(self)
         else:

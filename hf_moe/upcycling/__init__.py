@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "Copy": ".builders.copy",
         "DenseFeedForward": ".feed_forward",
+        "Diversify": ".builders.diversify",
         "Drop": ".builders.drop",
         "Exactness": ".exactness",
         "ExpertBuilder": ".builders.base",
@@ -33,6 +34,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "VirtualGroups": ".builders.virtual_groups",
         "WeightRule": ".weight_rules",
         "Zeros": ".router_init.random",
+        "expand_experts": ".expand",
+        "expand_optimizer_state": ".expand",
         "channel_sets": ".channel_sets",
         "convert_to_readme": ".refactor",
         "extract_feed_forward": ".feed_forward",
@@ -42,6 +45,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "read_mergekit": ".mergekit",
         "upcycle": ".recipe",
         "upcycle_checkpoint": ".streaming",
+        "upcycle_mote": ".ternary",
         "weight_rule_of": ".weight_rules",
     },
 )

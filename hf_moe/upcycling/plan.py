@@ -135,8 +135,11 @@ class UpcyclePlan:
         """The prediction, for the scale that will be used."""
         prediction = self.experts.exactness(self.rule, self.top_k, self.num_experts, self.router)
         if self.shared == "dense":
-            reason = "the shared expert is the dense feed-forward and the routed experts start at zero"
-            return Exactness(True, reason, prediction.scale if self.scale == "auto" else float(self.scale))
+            if self.scale == "auto":
+                reason = "the shared expert is the dense feed-forward and the routed experts start at zero"
+                return Exactness(True, reason, prediction.scale)
+            reason = f"routed experts of scale {self.scale:g} start beside the dense feed-forward"
+            return Exactness(False, reason, float(self.scale))
         if self.scale == "auto":
             return prediction
         scale = float(self.scale)
@@ -215,7 +218,7 @@ def build_layer(
     rows = plan.router.build(plan.num_experts, ffn.hidden_size, stats, generator, layer_idx)
     router = target.start_router(config, plan, rows, stats, generator, layer_idx)
     scale = _scale(plan, router, stats)
-    if plan.shared == "dense":
+    if plan.shared == "dense" and plan.scale == "auto":
         experts = [expert.silenced() for expert in experts]
     else:
         # Copies stay one tensor: scale each distinct expert once.

@@ -65,7 +65,8 @@ def upcycle(
         router ([`RouterInit`] or `"auto"`): How routers start; `Normal(0.02)` unless the builder needs another one.
         weights (`str`, defaults to `"renormalise"`): `"renormalise"`, `"softmax"` or `"sigmoid"`, see [`WeightRule`].
         scale (`str` or `float`, defaults to `"auto"`): Factor on the experts' outputs; `"auto"` is the one that
-            preserves the function, or the mean size of the output where nothing does.
+            preserves the function, or the mean size of the output where nothing does. A number together with
+            `shared="dense"` keeps the routed experts beside the dense one instead of silencing them.
         target (`str` or [`Target`], defaults to `"auto"`): `"auto"` takes a MoE family of transformers where one
             fits, else a backbone of this package, else generic classes. Or a name of `list_targets()`.
         calibration (*optional*): Texts, token ids or model inputs, for recipes that look at data, and for the check.

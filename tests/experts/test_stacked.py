@@ -18,6 +18,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 2e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
 
 every_bank = pytest.mark.parametrize("expert_type", list_experts())
+# Rounding makes another function, whose gradient is not its own derivative: see test_ternary.py.
+unrounded_bank = pytest.mark.parametrize("expert_type", [name for name in list_experts() if name != "ternary"])
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
@@ -141,7 +143,7 @@ def _no_compiled_code_is_left():
 
 
 # -- values and gradients --------------------------------------------------------------------------------------------
-@every_bank
+@unrounded_bank
 @every_implementation
 @every_dtype
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +227,7 @@ def test_inputs_are_not_changed_in_place(implementation, generator):
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, before, strict=True))
 
 
-@every_bank
+@unrounded_bank
 def test_eager_gradients_pass_gradcheck(expert_type, generator):
     bank = make_bank(expert_type, "eager", torch.float64, hidden_size=4, moe_intermediate_size=3)
     index, weights = routing("empty_slots", generator)
@@ -243,7 +245,7 @@ def test_eager_gradients_pass_gradcheck(expert_type, generator):
     assert torch.autograd.gradcheck(function, (hidden_states, weights, *parameters))
 
 
-@every_bank
+@unrounded_bank
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @every_dtype
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # inside transformers
