@@ -14,6 +14,7 @@ __all__ = ["add_arguments", "run"]
 # Name on the command line -> class and its one argument; `VirtualGroups:2` means VirtualGroups(2).
 EXPERTS = {
     "copy": ("Copy", None),
+    "diversify": ("Diversify", str),
     "drop": ("Drop", float),
     "importance-shared": ("ImportanceShared", int),
     "noise": ("Noise", float),

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Copy": ".copy",
+        "Diversify": ".diversify",
         "Drop": ".drop",
         "ExpertBuilder": ".base",
         "FromModels": ".from_models",
