@@ -15,6 +15,7 @@ from hf_moe.routing import BaseRouter
 
 
 __all__ = [
+    "GPT2_LIKE",
     "HEADS",
     "TYPES",
     "VOCABULARY",
@@ -27,8 +28,8 @@ __all__ = [
     "seeded",
 ]
 
-# Types with a causal language model and a router in each MoE layer. Others have files of their own beside those that go
-# through this list.
+# Types with a causal language model and a router in each MoE layer. Others have files of their own beside those that
+# go through this list.
 TYPES = sorted(
     t
     for t, (_, config) in MODEL_TYPES.items()
@@ -71,10 +72,15 @@ SIZES = {
     "moe_gpt2": _GPT2_SIZES,
     "moe_qwen3": {**_LLAMA_SIZES, "head_dim": 8},
     "moe_stablelm": _STABLELM_SIZES,
-    "pr_moe": {**_GPT2_SIZES, **_EVERY_LAYER},
+    "pr_moe": {**_GPT2_SIZES, **_EVERY_LAYER, "expert_capacity_factor": None},
 }
+# Routers that add a loss of their own do without it, unless a test asks.
+ROUTER_CONFIGS = {"dynamic_moe": {"entropy_coef": 0.0}}
+#: Types with GPT-2's names: two-matrix experts with biases, one fused projection in attention.
+GPT2_LIKE = ("moe_gpt2", "pr_moe")
+_GPT2_NAMES = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "intermediate_size": "n_inner"}
 # What a common name is called by types that know it under another one.
-NAMES = {"moe_gpt2": {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "intermediate_size": "n_inner"}}
+NAMES = dict.fromkeys(GPT2_LIKE, _GPT2_NAMES)
 
 
 @contextlib.contextmanager
@@ -90,6 +96,8 @@ def make_config(model_type: str, **changes):
     names = NAMES.get(model_type, {})
     changes = {names.get(name, name): value for name, value in changes.items()}
     sizes = SIZES.get(model_type, _LLAMA_SIZES)
+    if model_type in ROUTER_CONFIGS and "router_type" not in changes:
+        changes = {"router_config": dict(ROUTER_CONFIGS[model_type]), **changes}
     return config_class(model_type)(**{**sizes, "num_experts": 4, "initializer_range": 0.2, **changes})
 
 
