@@ -15,6 +15,8 @@ from hf_moe.routing import BaseRouter
 
 
 __all__ = [
+    "ENCODERS",
+    "ENCODER_HEADS",
     "GPT2_LIKE",
     "HEADS",
     "TYPES",
@@ -36,6 +38,8 @@ TYPES = sorted(
     if config.replace("Config", "ForCausalLM") in hf_moe.__all__ and issubclass(config_class(t), MoeConfigMixin)
 )
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification")
+ENCODERS = ("moe_bert", "moe_roberta")
+ENCODER_HEADS = ("Model", "ForMaskedLM", *HEADS[2:], "ForQuestionAnswering")
 VOCABULARY = 64
 
 _LLAMA_SIZES = {
@@ -67,7 +71,13 @@ _GPT2_SIZES = {
 _STABLELM_SIZES = {**_LLAMA_SIZES, "qk_layernorm": True, "use_qkv_bias": True}
 # MoE in every layer, two experts per token, whatever the type does by itself.
 _EVERY_LAYER = {"moe_layers": "all", "num_experts_per_tok": 2}
+_BERT_SIZES = {
+    **{name: value for name, value in _LLAMA_SIZES.items() if name != "num_key_value_heads"},
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 SIZES = {
+    **dict.fromkeys(ENCODERS, _BERT_SIZES),
     "dynamic_moe": {**_LLAMA_SIZES, **_EVERY_LAYER},
     "moe_gpt2": _GPT2_SIZES,
     "moe_qwen3": {**_LLAMA_SIZES, "head_dim": 8},
