@@ -11,7 +11,7 @@ MODEL_TYPES = {
     "moe_bert": ("bert", "MoeBertConfig"),
     "moe_gpt2": ("gpt2", "MoeGPT2Config"),
     "moe_llama": ("llama", "MoeLlamaConfig"),
-    "moe_plus_plus": ("moe_plus_plus", "MoePlusPlusConfig"),
+    "moe_llava": ("moe_llava", "MoeLlavaConfig"),
     "moe_phi": ("phi", "MoePhiConfig"),
     "moe_qwen2": ("qwen2", "MoeQwen2Config"),
     "moe_qwen3": ("qwen3", "MoeQwen3Config"),

@@ -297,12 +297,14 @@ class MoeModelMixin:
 
         Args:
             output_router_logits (`bool`, *optional*): Record; `config.output_router_logits` by default.
-            **inputs: Of the dense forward.
+            **inputs: Of the dense forward; and `routing_input_ids`, the ids that routers read in place of `input_ids`
+                where only embeddings are passed.
         """
+        routing_input_ids = inputs.pop("routing_input_ids", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         context = self.routing_context(
-            inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("inputs_embeds")
+            inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("inputs_embeds"), routing_input_ids
         )
         return super().forward(
             output_router_logits=output_router_logits,
@@ -330,18 +332,30 @@ class MoeModelMixin:
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
+        routing_input_ids: torch.Tensor | None = None,
     ) -> RoutingContext:
         """What routers may want to know about this call. A 2-D mask covers cached positions too; the last S count."""
         batch, sequence = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         token_mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -sequence:].reshape(-1).bool()
-        flat_ids = None if input_ids is None else input_ids.reshape(-1)
+        ids = input_ids if routing_input_ids is None else routing_input_ids
+        flat_ids = None if ids is None else ids.reshape(-1)
         return RoutingContext(flat_ids, token_mask, batch, sequence)
 
 
 class RouterLossesMixin:
     """Router losses of a head, computed once per forward from what the base model recorded."""
+
+    @property
+    def router_trunk(self) -> Any:
+        """The stack of layers that the router losses are about."""
+        return self.base_model
+
+    def refuse_pooled_losses(self) -> None:
+        """Where the layers differ in size, has stock TRL trainers say what their auxiliary loss cannot do."""
+        if len(set(self.config.experts_per_layer)) > 1:
+            self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
 
     def wants_routing(self, output_router_logits: bool | None) -> bool:
         """Whether the base model should record routing: on request, and in training whenever a router loss is on."""
@@ -365,7 +379,8 @@ class RouterLossesMixin:
         if not outputs.all_router_logits or not self.adds_router_losses:
             return None
         recorded = (outputs.all_router_logits, outputs.router_indices, outputs.router_penalties)
-        return self.begin_balance_of(self.base_model, recorded, self.base_model.routing_context(*inputs).token_mask)
+        trunk = self.router_trunk
+        return self.begin_balance_of(trunk, recorded, trunk.routing_context(*inputs).token_mask)
 
     def begin_balance_of(self, trunk: Any, recorded: tuple, token_mask: torch.Tensor | None) -> PendingBalance:
         """`begin_balance` for one stack of layers.
@@ -424,8 +439,7 @@ class MoeForCausalLMMixin(RouterLossesMixin):
         setattr(self, self.base_model_prefix, self.base_class(config))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.lm_head_bias)
-        if len(set(config.experts_per_layer)) > 1:
-            self.register_forward_pre_hook(_refuse_pooled_loss, with_kwargs=True)
+        self.refuse_pooled_losses()
         self.post_init()
 
     def generate(self, *args, **kwargs):
