@@ -21,6 +21,9 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
+    "dynamic-moe": Format(
+        "hf_moe.models.dynamic_moe.convert_released:convert_released", "dynamic routing (AnLan577/Dynamic_MoE)"
+    ),
     "moepp": Format(
         "hf_moe.models.moe_plus_plus.convert_released:convert_released", "MoE++ (Chat-UniVi/MoE-Plus-Plus-7B)"
     ),

@@ -8,6 +8,7 @@ from hf_moe.registration import announce_config
 
 # One line per model type: the folder, whose `__init__` registers the type, and the name of its config class.
 MODEL_TYPES = {
+    "dynamic_moe": ("dynamic_moe", "DynamicMoeConfig"),
     "moe_bert": ("bert", "MoeBertConfig"),
     "moe_gpt2": ("gpt2", "MoeGPT2Config"),
     "moe_llama": ("llama", "MoeLlamaConfig"),
@@ -18,6 +19,7 @@ MODEL_TYPES = {
     "moe_roberta": ("roberta", "MoeRobertaConfig"),
     "moe_t5": ("t5", "MoeT5Config"),
     "moe_stablelm": ("stablelm", "MoeStableLmConfig"),
+    "pr_moe": ("pr_moe", "PrMoeConfig"),
     "read_me": ("read_me", "ReadMeConfig"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.

@@ -30,8 +30,11 @@ _EXPORTS = {
     ".schedules": [
         "ConstantSchedule",
         "CosineSchedule",
+        "DecaySchedule",
         "ExponentialSchedule",
         "LinearSchedule",
+        "MultiStepSchedule",
+        "QuarterCosineSchedule",
         "Schedule",
         "SequenceSchedule",
         "StepSchedule",

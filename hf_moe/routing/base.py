@@ -60,6 +60,8 @@ class BaseRouter(nn.Module):
     #: True where the gate is a sum of `num_experts_per_tok` trees, each of which may have its own permutation.
     has_trees: bool = False
 
+    temperature: torch.Tensor
+
     def __init__(
         self,
         config: Any,
@@ -258,10 +260,11 @@ class BaseRouter(nn.Module):
             real = token_mask.reshape(-1, 1)
             weights = weights.masked_fill(~real, 0.0)
             index = index.masked_fill(~real, self.num_experts)
-        if self.capacity_factor is not None and (self.training or self.eval_capacity_factor is not None):
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if self.capacity_factor is not None and factor is not None:
             capacity = self.capacity((index < self.num_experts).sum())  # K x tokens, where K is fixed
             if not self.training:
-                capacity = capacity * (self.eval_capacity_factor / self.capacity_factor)
+                capacity = capacity * (factor / self.capacity_factor)
             capacity = capacity.clamp(min=self.min_capacity)
             index, weights = apply_capacity(index, weights, capacity, self.capacity_policy)
             if self.norm_survivors:

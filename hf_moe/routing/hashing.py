@@ -7,6 +7,8 @@ import heapq
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from .base import BaseRouter
@@ -16,17 +18,18 @@ from .registry import register_router
 
 __all__ = ["HashRouter", "balanced_hash_table", "random_hash_table"]
 
-# Softmax makes it exactly 0.
+# Softmax and sigmoid make it exactly 0.
 UNCHOSEN = -1e4
+WEIGHTS = ("equal", "softmax", "sigmoid")
 
 
 @register_router("hash")
 class HashRouter(BaseRouter):
-    """A fixed table from token ids to `K` experts, each with weight 1/K; nothing is learned.
+    """A fixed table from token ids to `K` experts; by default each has weight 1/K and nothing is learned.
 
     [Hash Layers](https://huggingface.co/papers/2106.04426), Sec. 3.1. The table is drawn at random, different in every
     layer; [`~HashRouter.set_table`] puts another in its place, e.g. one that balances the load of a corpus. It is a
-    buffer, saved with the model. `temperature` and `norm_topk_prob` have no effect: all weights are equal.
+    buffer, saved with the model. `temperature` and `norm_topk_prob` have no effect while all weights are equal.
 
     Note: ids from V on (an enlarged vocabulary) use row `id mod V`. Set `num_buckets` to the old vocabulary size then,
     because the table of a saved model has to have the size its config says.
@@ -34,6 +37,9 @@ class HashRouter(BaseRouter):
     Args:
         seed (`int`, defaults to 0): Of the random table; the layer's index is added to it.
         num_buckets (`int`, *optional*): V, `config.vocab_size` by default.
+        weight_from (`str`, defaults to `"equal"`): `"softmax"` or `"sigmoid"`: the table chooses, and the weights are
+            a learned score of the hidden state, a softmax over the token's K experts or a sigmoid of each one's own
+            (which learns with K = 1, too).
 
     Raises:
         ValueError: (in `forward`) there are no token ids: the model was given `inputs_embeds`, or does not hand its
@@ -51,9 +57,23 @@ class HashRouter(BaseRouter):
 
     table: torch.Tensor  # (V, K)
 
-    def __init__(self, config: Any, layer_idx: int, *, seed: int = 0, num_buckets: int | None = None, **kwargs):
-        super().__init__(config, layer_idx, **kwargs)
+    def __init__(
+        self,
+        config: Any,
+        layer_idx: int,
+        *,
+        seed: int = 0,
+        num_buckets: int | None = None,
+        weight_from: str = "equal",
+        norm_topk_prob: bool | None = None,
+        **kwargs,
+    ):
+        if norm_topk_prob is None:
+            norm_topk_prob = weight_from != "sigmoid"
+        super().__init__(config, layer_idx, norm_topk_prob=norm_topk_prob, **kwargs)
         self.seed = seed
+        self.weight_from = weight_from
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_size)) if self.learns else None
         rows = config.vocab_size if num_buckets is None else num_buckets
         self.register_buffer("table", torch.zeros(rows, self.top_k, dtype=torch.int64))
         self.reset_parameters()
@@ -71,6 +91,15 @@ class HashRouter(BaseRouter):
             raise ValueError(f"`router_config['num_buckets']` must be at least 1, got {buckets}.")
         if options.get("seed", 0) < 0:
             raise ValueError(f"`router_config['seed']` must be at least 0, got {options['seed']}.")
+        if options.get("weight_from", "equal") not in WEIGHTS:
+            raise ValueError(
+                f"`router_config['weight_from']` must be one of {list(WEIGHTS)}, got {options['weight_from']!r}."
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether weights are learned scores."""
+        return self.weight_from != "equal"
 
     def set_table(self, table: torch.Tensor) -> None:
         """Replaces the table, e.g. by a [`balanced_hash_table`].
@@ -99,17 +128,25 @@ class HashRouter(BaseRouter):
                 "another router."
             )
         rows = ids.reshape(-1).to(self.table.device) % self.table.shape[0]
+        chosen = self.table[rows]  # (T, K)
         logits = torch.full((hidden_states.shape[0], self.num_experts), UNCHOSEN, device=self.table.device)
-        return logits.scatter(-1, self.table[rows], 0.0)  # (T, N): 0 for the chosen
+        if self.weight is None:
+            return logits.scatter(-1, chosen, 0.0)  # (T, N): 0 for the chosen
+        learned = F.linear(hidden_states.float(), self.weight.float())  # (T, N)
+        return logits.scatter(-1, chosen, learned.gather(-1, chosen))
 
     def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(router_logits, dim=-1)
+        if self.weight_from == "sigmoid":
+            return torch.sigmoid(router_logits / self.temperature.float())
+        return torch.softmax(router_logits / self.temperature.float() if self.learns else router_logits, dim=-1)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.table.device.type != "meta" and not getattr(self.table, "_is_hf_initialized", False):
             generator = torch.Generator().manual_seed(self.seed + self.layer_idx)
             init.copy_(self.table, random_hash_table(len(self.table), self.num_experts, self.top_k, generator))
+        if self.weight is not None:
+            init.normal_(self.weight, mean=0.0, std=self.initializer_range)
 
 
 def random_hash_table(

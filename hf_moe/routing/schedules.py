@@ -11,8 +11,11 @@ from typing import Any, ClassVar
 __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
+    "DecaySchedule",
     "ExponentialSchedule",
     "LinearSchedule",
+    "MultiStepSchedule",
+    "QuarterCosineSchedule",
     "Schedule",
     "SequenceSchedule",
     "StepSchedule",
@@ -151,6 +154,106 @@ class CosineSchedule(_Ramp):
 
 
 @dataclass(frozen=True)
+class QuarterCosineSchedule(_Ramp):
+    """A quarter of a cosine, end + (start - end) cos(pi t / 2T): flat where it starts, steep where it ends. Arguments
+    as in [`LinearSchedule`]. The "cosine" growth of [SMoE-Dropout](https://huggingface.co/papers/2303.01610)'s code.
+
+    Example:
+
+    ```python
+    >>> [round(QuarterCosineSchedule(8, 16, num_steps=4).value(step)) for step in range(5)]
+    [8, 9, 10, 13, 16]
+    ```
+    """
+
+    type: ClassVar[str] = "quarter_cosine"
+
+    def _between(self, done: float) -> float:
+        return self.end + (self.start - self.end) * math.cos(math.pi * done / 2)
+
+
+@dataclass(frozen=True)
+class DecaySchedule(_Ramp):
+    """The distance to `end` shrinks by a factor in equal intervals: quick at first, then slower and slower. Other
+    arguments as in [`LinearSchedule`].
+
+    end + (start - end) factor^floor(t / floor(T / intervals)), the "exponential" growth of
+    [SMoE-Dropout](https://huggingface.co/papers/2303.01610)'s code. What is left of the distance after T steps is
+    dropped.
+
+    Args:
+        factor (`float`, defaults to 0.99): Share of the distance that is left after an interval, in (0, 1).
+        intervals (`int`, defaults to 300): Intervals in `num_steps`; one per step where there are fewer steps.
+
+    Example:
+
+    ```python
+    >>> [round(DecaySchedule(8, 16, num_steps=1200).value(step)) for step in (0, 300, 600, 900, 1200)]
+    [8, 12, 14, 15, 16]
+    ```
+    """
+
+    factor: float = 0.99
+    intervals: int = 300
+    type: ClassVar[str] = "decay"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _finite("factor", self.factor)
+        if not 0 < self.factor < 1:
+            raise ValueError(f"`factor` must be between 0 and 1, got {self.factor}: else the end is never approached.")
+        if isinstance(self.intervals, bool) or not isinstance(self.intervals, int) or self.intervals < 1:
+            raise ValueError(f"`intervals` must be a whole number of at least 1, got {self.intervals!r}.")
+
+    def value(self, step: int, max_steps: int | None = None) -> float:
+        num_steps, step = resolve_steps(self.num_steps, max_steps), step - resolve_steps(self.delay, max_steps)
+        if step <= 0:
+            return float(self.start)
+        if step >= num_steps:
+            return float(self.end)
+        return self.end + (self.start - self.end) * self.factor ** (step // max(num_steps // self.intervals, 1))
+
+
+@dataclass(frozen=True)
+class MultiStepSchedule(Schedule):
+    """Values one after another in equal parts of `num_steps`; the last one stays.
+
+    Args:
+        values (`tuple[float, ...]`): In order.
+        num_steps (`int` or `float`): Length of all parts together.
+
+    Example:
+
+    ```python
+    >>> [MultiStepSchedule((1, 2, 4, 8, 16), num_steps=10).value(step) for step in (0, 1, 2, 9, 10)]
+    [1.0, 1.0, 2.0, 16.0, 16.0]
+    ```
+    """
+
+    values: tuple[float, ...]
+    num_steps: int | float
+    type: ClassVar[str] = "multi_step"
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", tuple(self.values))
+        if not self.values:
+            raise ValueError("a multi-step schedule needs at least one of `values`.")
+        for value in self.values:
+            _finite("values", value)
+        _steps("num_steps", self.num_steps)
+
+    def value(self, step: int, max_steps: int | None = None) -> float:
+        part = step * len(self.values) // max(resolve_steps(self.num_steps, max_steps), 1)
+        return float(self.values[min(max(part, 0), len(self.values) - 1)])
+
+    def lowest(self) -> float:
+        return float(min(self.values))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": self.type, "values": list(self.values), "num_steps": self.num_steps}
+
+
+@dataclass(frozen=True)
 class ExponentialSchedule(_Ramp):
     """The same factor in every step, from `start` to `end`, which must have the same sign. Arguments as in
     [`LinearSchedule`].
@@ -261,8 +364,11 @@ SCHEDULES: dict[str, type[Schedule]] = {
         ConstantSchedule,
         LinearSchedule,
         CosineSchedule,
+        QuarterCosineSchedule,
+        DecaySchedule,
         ExponentialSchedule,
         StepSchedule,
+        MultiStepSchedule,
         SequenceSchedule,
     )
 }

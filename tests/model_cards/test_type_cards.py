@@ -36,7 +36,7 @@ def test_a_type_made_on_demand_has_the_shared_card():
 
 
 def test_an_unknown_type_is_named_with_those_there_are():
-    with pytest.raises(ValueError, match=r"`model_type='moe_nothing'` has no card. Cards: \['moe_bert'"):
+    with pytest.raises(ValueError, match=r"`model_type='moe_nothing'` has no card. Cards: \['dynamic_moe'"):
         type_card("moe_nothing")
 
 

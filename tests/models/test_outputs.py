@@ -61,9 +61,10 @@ def test_forward_has_the_shapes_of_the_contract(model_type, head):
         assert all(logits.shape == (T, config.num_routing_targets) for logits in outputs.router_logits)
         assert outputs.aux_loss.shape == () and outputs.loss is None
     assert len(outputs.router_logits) == len(outputs.router_indices) == 2
+    slots = model.moe_blocks()[0][1].gate.num_slots
     for logits, index in zip(outputs.router_logits, outputs.router_indices, strict=True):
         assert logits.dtype == torch.float32 and index.dtype == torch.int64
-        assert index.shape == (T, config.num_experts_per_tok) and index.max() <= config.num_routing_targets
+        assert index.shape == (T, slots) and index.max() <= config.num_routing_targets
     assert len(outputs.hidden_states) == 3
     assert all(isinstance(state, torch.Tensor) and state.shape == (B, S, 32) for state in outputs.hidden_states)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common.model_battery import TYPES, make_inputs, make_model, seeded
+from common.model_battery import GPT2_LIKE, TYPES, make_inputs, make_model, seeded
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -15,19 +15,19 @@ every_type = pytest.mark.parametrize("model_type", TYPES)
 
 
 def attention(model_type):
-    return ["c_attn"] if model_type == "moe_gpt2" else ["q_proj", "v_proj"]
+    return ["c_attn"] if model_type in GPT2_LIKE else ["q_proj", "v_proj"]
 
 
 def experts(model_type):
-    return ["mlp.experts.up_proj" if model_type == "moe_gpt2" else "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return ["mlp.experts.up_proj" if model_type in GPT2_LIKE else "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def targets(model_type, what) -> dict:
     if what == "attention":
-        return {"target_modules": attention(model_type), "fan_in_fan_out": model_type == "moe_gpt2"}
+        return {"target_modules": attention(model_type), "fan_in_fan_out": model_type in GPT2_LIKE}
     if what == "router":  # not a linear layer: trained whole
         return {"target_modules": attention(model_type)[:1], "modules_to_save": ["gate"]} | (
-            {"fan_in_fan_out": True} if model_type == "moe_gpt2" else {}
+            {"fan_in_fan_out": True} if model_type in GPT2_LIKE else {}
         )
     return {"target_modules": [], "target_parameters": experts(model_type)}
 
@@ -78,7 +78,7 @@ def test_adapters_train_save_load_and_merge(model_type, what, tmp_path):
 
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert stored and all("lora" in name or ".gate." in name for name in stored)
+    assert stored and all("lora" in name or "gate." in name for name in stored)
     loaded = PeftModel.from_pretrained(make_model(model_type, tie_word_embeddings=False), tmp_path).eval()
     torch.testing.assert_close(loaded(**inputs).logits, trained, rtol=1e-4, atol=1e-5)
     merged = loaded.merge_and_unload()

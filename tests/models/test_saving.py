@@ -6,7 +6,16 @@ import pickle
 import pytest
 import torch
 import transformers
-from common.model_battery import HEADS, TYPES, force_routers, make_config, make_inputs, make_model, model_class
+from common.model_battery import (
+    GPT2_LIKE,
+    HEADS,
+    TYPES,
+    force_routers,
+    make_config,
+    make_inputs,
+    make_model,
+    model_class,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +82,7 @@ def test_a_reloaded_config_is_the_same(model_type, tmp_path):
 def test_names_of_the_checkpoint_are_those_that_other_tools_look_for(model_type, tmp_path):
     make_model(model_type).save_pretrained(tmp_path)
     names = {name.split(".mlp.", 1)[1] for name in load_file(tmp_path / "model.safetensors") if ".mlp." in name}
-    gated = model_type not in ("moe_gpt2", "moe_phi")
+    gated = model_type not in (*GPT2_LIKE, "moe_phi")
     assert {"gate.weight", "experts.down_proj", "experts.gate_up_proj" if gated else "experts.up_proj"} <= names
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == model_type and config["num_experts"] == 4

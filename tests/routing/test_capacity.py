@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_moe.models.llama import MoeLlamaConfig
+from hf_moe.models.llama import MoeLlamaConfig, MoeLlamaForCausalLM
 from hf_moe.routing import RoutingContext, apply_capacity, build_router, pack_slots
 
 
@@ -141,3 +141,59 @@ def test_padding_takes_no_capacity(generator):
     alone = router(hidden_states[16:])
     assert torch.equal(out.top_k_index[16:], alone.top_k_index)
     assert torch.equal(out.top_k_weights[16:], alone.top_k_weights)
+
+
+def test_random_selection_keeps_every_candidate_with_probability_c_over_m():
+    """Five candidates, two places: 0.4 whatever the position; by order it would always be the first two."""
+    kept = torch.zeros(5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(4000):
+            tokens = torch.zeros(5, 1, dtype=torch.int64)
+            kept += (apply_capacity(tokens, torch.ones(5, 1), torch.full((1,), 2.0), "random")[0] == 0).squeeze()
+    torch.testing.assert_close(kept / 4000, torch.full((5,), 0.4), atol=0.025, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["order", "score", "random"])
+def test_room_for_everybody_is_bit_for_bit_no_capacity(policy, generator):
+    hidden_states = torch.randn(32, 8, generator=generator)
+    bounded = make_router(1.0, router_config={"capacity_policy": policy, "min_capacity": 64}).train()
+    free = make_router(None).train()
+    free.load_state_dict(bounded.state_dict())
+    out, expected = bounded(hidden_states), free(hidden_states)
+    assert torch.equal(out.top_k_index, expected.top_k_index)
+    assert torch.equal(out.top_k_weights, expected.top_k_weights)
+
+
+def test_the_same_generator_state_keeps_the_same_tokens_also_under_checkpointing(generator):
+    config = MoeLlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, num_experts=4,
+        expert_capacity_factor=0.5, router_config={"capacity_policy": "random"}, initializer_range=0.3,
+    )  # fmt: skip
+    model = MoeLlamaForCausalLM(config).train()
+    ids = torch.randint(0, 50, (2, 16), generator=generator)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            out = model(ids, labels=ids, output_router_logits=True)
+            out.loss.backward()
+        found.append(([*out.router_indices], [p.grad.clone() for p in model.parameters()]))
+    for first, second in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(first, second) and (first == 4).any()
+    for with_graph, recomputed in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(recomputed, with_graph)
+
+
+def test_capacity_at_evaluation_is_an_option(generator):
+    hidden_states = torch.randn(32, 8, generator=generator)
+    router = make_router(0.25, router_config={"eval_capacity_factor": 0.5})
+    for training, most in ((True, 4), (False, 8)):  # factor * 2 * 32 / 4
+        counts = router.train(training)(hidden_states).top_k_index.flatten().bincount(minlength=5)[:4]
+        assert counts.max() == most
+    for factor, fields in ((0.0, 1.0), (1.0, None)):
+        with pytest.raises(ValueError, match=r"\['eval_capacity_factor'\]` must be above 0 and needs"):
+            make_router(fields, router_config={"eval_capacity_factor": factor})

@@ -85,6 +85,35 @@ def test_embeddings_instead_of_ids_are_refused():
         model(inputs_embeds=torch.zeros(1, 3, D))
 
 
+@pytest.mark.parametrize("weight_from", ["softmax", "sigmoid"])
+def test_the_table_may_choose_and_a_learned_score_weigh(weight_from, generator):
+    router = build_router(make_config(num_experts_per_tok=2, router_config={"weight_from": weight_from}), 0)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(N, D, generator=generator))
+    ids, x = torch.tensor([3, 7, 3, 49]), torch.randn(4, D, generator=generator)
+    out = router(x, RoutingContext(input_ids=ids))
+    learned = (x @ router.weight.T).gather(-1, out.top_k_index)
+    assert torch.equal(out.top_k_index.sort().values, router.table[ids].sort().values)
+    torch.testing.assert_close(
+        out.top_k_weights, learned.softmax(-1) if weight_from == "softmax" else learned.sigmoid()
+    )
+    (gradient,) = torch.autograd.grad((out.top_k_weights * torch.tensor([1.0, 2.0])).sum(), router.weight)
+    assert gradient.any() and gradient.isfinite().all()
+    with pytest.raises(ValueError, match=r"\['weight_from'\]` must be one of .* got 'tanh'"):
+        make_config(router_config={"weight_from": "tanh"})
+
+
+def test_balanced_tables_start_with_equal_token_mass_in_every_layer(generator):
+    ids = (torch.rand(4000, generator=generator) ** 2 * V).long()
+    model = MoeLlamaForCausalLM(make_config())
+    for router in find_routers(model).values():
+        router.set_table(balanced_hash_table(ids.bincount(minlength=V), N))
+    out = model.eval()(ids.view(20, 200), output_router_logits=True)
+    for index in out.router_indices:
+        load = index.flatten().bincount(minlength=N)
+        assert load.max() - load.min() <= 0.02 * ids.numel()
+
+
 def test_ids_beyond_the_table_start_over():
     router = build_router(make_config(router_config={"num_buckets": 10}), 0)
     out = [router(torch.zeros(1, D), RoutingContext(input_ids=torch.tensor([i]))).top_k_index for i in (3, 13)]

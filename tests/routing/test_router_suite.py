@@ -93,6 +93,8 @@ OPTIONS["hash"] = [
     ("seeded", {"seed": 3, "num_buckets": 50, "routed_scaling_factor": 2.0}, {}),
     ("capacity", {}, {"expert_capacity_factor": 0.75}),
     ("top_1", {}, {"num_experts_per_tok": 1}),
+    ("softmax", {"weight_from": "softmax"}, {}),
+    ("sigmoid", {"weight_from": "sigmoid", "temperature": 2.0}, {"num_experts_per_tok": 1}),
 ]
 # What a router cannot be evaluated without.
 NEEDED = {"expert_choice": {"fallback": "topk"}}
@@ -342,7 +344,7 @@ def gradients(router, out, hidden_states, weight_seed=5):
     """Of the output weights (as a matrix, so that slot order does not matter), for input and parameters."""
     coefficients = torch.randn(hidden_states.shape[0], N, generator=torch.Generator().manual_seed(weight_seed))
     inputs = [hidden_states, *router.parameters()]
-    assert out.top_k_weights.requires_grad == (router.router_type not in CONSTANT)
+    assert out.top_k_weights.requires_grad == (router.router_type not in CONSTANT or router.learns)
     if not out.top_k_weights.requires_grad:
         return ()
     return torch.autograd.grad((dense(out) * coefficients).sum(), inputs, allow_unused=True)
@@ -374,7 +376,7 @@ def test_logits_have_a_gradient_for_the_losses(case, training):
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(T))
     assert probabilities.shape == (T, N) and (probabilities >= 0).all()
     coefficients = torch.randn(T, N, generator=torch.Generator().manual_seed(5))
-    if case[0] in CONSTANT | FROZEN:
+    if case[0] in CONSTANT | FROZEN and not getattr(router, "learns", False):
         assert not list(router.parameters()) and not probabilities.requires_grad
         return
     for gradient in torch.autograd.grad((probabilities * coefficients).sum(), list(router.parameters())):

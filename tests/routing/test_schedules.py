@@ -6,8 +6,11 @@ import pytest
 from hf_moe.routing.schedules import (
     ConstantSchedule,
     CosineSchedule,
+    DecaySchedule,
     ExponentialSchedule,
     LinearSchedule,
+    MultiStepSchedule,
+    QuarterCosineSchedule,
     SequenceSchedule,
     StepSchedule,
     parse_schedules,
@@ -19,6 +22,9 @@ ALL = [
     ConstantSchedule(0.5),
     LinearSchedule(2.0, 0.3, num_steps=10, delay=4),
     CosineSchedule(2.0, 0.3, num_steps=0.5),
+    QuarterCosineSchedule(8, 16, num_steps=0.5),
+    DecaySchedule(8, 16, num_steps=1000, factor=0.9, intervals=20),
+    MultiStepSchedule((1, 2, 4), num_steps=0.5),
     ExponentialSchedule(2.0, 0.3, num_steps=10, delay=0.1),
     StepSchedule(at=5, before=1.0, after=0.0),
     SequenceSchedule((ConstantSchedule(2.0), LinearSchedule(2.0, 1.0, num_steps=10)), num_steps=(7,)),
@@ -30,7 +36,7 @@ def test_json_round_trip_gives_an_equal_schedule(schedule):
     assert schedule_from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
-@pytest.mark.parametrize("cls", [LinearSchedule, CosineSchedule, ExponentialSchedule])
+@pytest.mark.parametrize("cls", [LinearSchedule, CosineSchedule, QuarterCosineSchedule, ExponentialSchedule])
 def test_ramps_hit_both_ends_exactly_and_stay_there(cls):
     ramp = cls(3.0, 0.1, num_steps=7, delay=2)
     assert [ramp.value(step) for step in (0, 1, 2)] == [3.0] * 3
@@ -46,6 +52,44 @@ def test_middle_of_each_ramp():
     assert CosineSchedule(2.0, 0.0, num_steps=3).value(1) == pytest.approx(1 + math.cos(math.pi / 3))
     assert ExponentialSchedule(4.0, 1.0, num_steps=10).value(5) == pytest.approx(2.0)
     assert ExponentialSchedule(-1.0, -4.0, num_steps=2).value(1) == pytest.approx(-2.0)
+
+
+QUARTERS = (0, 100_000, 200_000, 300_000, 400_000)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (QuarterCosineSchedule(8, 16, num_steps=400_000), [8, 9, 10, 13, 16]),
+        (DecaySchedule(8, 16, num_steps=400_000), [8, 12, 14, 15, 16]),
+        (MultiStepSchedule((1, 2, 4, 8, 16), num_steps=400_000), [1, 2, 4, 8, 16]),
+        # The decreasing mirror images.
+        (QuarterCosineSchedule(16, 8, num_steps=400_000), [16, 15, 14, 11, 8]),
+        (DecaySchedule(16, 8, num_steps=400_000), [16, 12, 10, 9, 8]),
+    ],
+    ids=lambda value: getattr(value, "type", ""),
+)
+def test_the_growth_of_smoe_dropout(schedule, expected):
+    assert [round(schedule.value(step)) for step in QUARTERS] == expected
+    assert schedule.value(10**9) == expected[-1] and schedule.lowest() == min(expected)
+
+
+def test_decay_follows_the_released_formula_step_by_step():
+    k_min, k_max, total = 2, 16, 1000
+    schedule = DecaySchedule(k_min, k_max, num_steps=total)
+    for step in range(1, total):
+        assert schedule.value(step) == pytest.approx((k_min - k_max) * 0.99 ** (step // (total // 300)) + k_max)
+    assert DecaySchedule(2, 16, num_steps=10).value(5) == pytest.approx(16 - 14 * 0.99**5)  # one interval per step
+
+
+def test_parts_of_a_multi_step_schedule_are_equal():
+    values = [MultiStepSchedule((1, 2, 4), num_steps=9).value(step) for step in range(11)]
+    assert values == [1.0] * 3 + [2.0] * 3 + [4.0] * 5
+
+
+def test_evomoes_linear_temperature():
+    linear = LinearSchedule(2.0, 0.3, num_steps=100)
+    assert linear.value(50) == pytest.approx(1.15) and linear.value(1000) == 0.3
 
 
 def test_step_is_thrown_at_its_step():
@@ -86,6 +130,15 @@ def test_numbers_are_constants_and_input_is_not_changed():
         ({"type": "step", "at": -1}, "`at` must be a whole number of steps .at least 0."),
         ({"type": "exponential", "start": 1, "end": 0, "num_steps": 3}, "same sign and not be 0"),
         ({"type": "sequence", "schedules": [1, 2], "num_steps": []}, "2 `schedules` needs 1 lengths in `num_steps`"),
+        ({"type": "linear", "start": 1, "end": 2, "num_steps": math.inf}, "`num_steps` must be .* got inf"),
+        ({"type": "decay", "start": 1, "end": 2, "num_steps": 9, "factor": 1.0}, "`factor` must be between 0 and 1"),
+        (
+            {"type": "decay", "start": 1, "end": 2, "num_steps": 9, "intervals": 0},
+            "`intervals` must be a whole number",
+        ),
+        ({"type": "multi_step", "values": [], "num_steps": 9}, "needs at least one of `values`"),
+        ({"type": "multi_step", "values": [1, math.inf], "num_steps": 9}, "`values` must be a finite number, got inf"),
+        ({"type": "multi_step", "values": [1, 2], "num_steps": math.inf}, "`num_steps` must be .* got inf"),
         ("fast", "must be a dict with `type`, a number or a `Schedule`, got str"),
         (True, "`constant` must be a finite number, got True"),
     ],

@@ -47,7 +47,7 @@ class MoeGPT2Config(MoeConfigMixin, GPT2Config):
     def validate_architecture(self):
         """[`MoeConfigMixin`]'s rules, and no cross-attention."""
         if self.add_cross_attention:
-            raise ValueError("`add_cross_attention` must be False: `moe_gpt2` is decoder-only.")
+            raise ValueError(f"`add_cross_attention` must be False: `{self.model_type}` is decoder-only.")
         super().validate_architecture()
 
 

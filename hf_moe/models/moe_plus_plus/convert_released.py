@@ -15,19 +15,15 @@ The released layout, with l the layer and e the expert; the last four experts ar
 Everything else is named as in Llama.
 """
 
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from hf_moe.checkpoints import CheckpointReader, CheckpointWriter
-from hf_moe.hub import write_shim
 from hf_moe.models.moe_plus_plus import MoePlusPlusConfig
-from hf_moe.weights.hub import fetch_from_hub
+from hf_moe.models.released import find_released, read_released_config, write_converted
 
 
 __all__ = ["convert_released", "released_config"]
@@ -52,8 +48,6 @@ SAME_FIELDS = (
     "eos_token_id",
     "tie_word_embeddings",
 )
-OTHER_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.model")
-NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 
 
 def convert_released(
@@ -88,32 +82,23 @@ def convert_released(
     >>> model = AutoModelForCausalLM.from_pretrained("moe-plus-plus-7b", dtype="auto")
     ```
     """
-    source = Path(source) if Path(source).expanduser().exists() else fetch_from_hub(os.fspath(source))
-    source = source.expanduser()
+    from hf_moe.models.moe_plus_plus import MoePlusPlusForCausalLM
+
+    source = find_released(source)
     config = released_config(_read_config(source))
-    shapes = _expected_shapes(config)
-    reader = CheckpointReader(source)
-    pieces = {name: _pieces(name, config) for name in shapes}
-    _check_keys(reader, pieces, config)
-    with CheckpointWriter(destination, max_shard_bytes) as writer:
-        for name, shape in logging.tqdm(shapes.items(), desc="Converting", unit="tensor"):
-            tensor = _assemble(reader, pieces[name], shape)
-            if tensor.shape != shape:
-                raise ValueError(
-                    f"`{source}`: `{pieces[name][0]}` makes a tensor of shape {tuple(tensor.shape)}, but "
-                    f"`config.json` asks for {tuple(shape)}. They belong to different models: download both again."
-                )
-            if name.endswith("experts.down_proj"):
-                config.dtype = tensor.dtype
-            writer.add(name, tensor)
-        for layer in config.moe_layer_indices:
-            writer.add(f"model.layers.{layer}.mlp.gate.temperature", torch.ones(()))
-        config.architectures = ["MoePlusPlusForCausalLM"]
-        write_shim(writer.partial, config)
-        config.save_pretrained(writer.partial)
-        for pattern in OTHER_FILES:
-            for path in source.glob(pattern):
-                shutil.copyfile(path, writer.partial / path.name)
+    layers = config.moe_layer_indices
+    write_converted(
+        source,
+        destination,
+        config,
+        MoePlusPlusForCausalLM,
+        lambda name: _pieces(name, config),
+        buffers={f"model.layers.{layer}.mlp.gate.temperature": torch.ones(()) for layer in layers},
+        # Every router of the released code owns a map for the residual; the first one never uses it.
+        unused=[f"model.layers.{layers[0]}.mlp.moe.gate.gate_map.weight"],
+        deciding_fields=("moe_2layer_gate", "num_experts", "num_hidden_layers", "moe_expert_interval"),
+        max_shard_bytes=max_shard_bytes,
+    )
     logger.info(f"Wrote {destination}.")
     return Path(destination)
 
@@ -178,15 +163,7 @@ def _rope_parameters(released: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    try:
-        released = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"`{source}` has no `config.json`, so it is not a model folder. Give one that has."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` cannot be read. Download or copy it again.") from error
+    released = read_released_config(source)
     if not isinstance(released, dict) or released.get("model_type") != "MoE++":
         kind = released.get("model_type") if isinstance(released, dict) else None
         raise ValueError(
@@ -196,24 +173,14 @@ def _read_config(source: Path) -> dict[str, Any]:
     return released
 
 
-def _expected_shapes(config: MoePlusPlusConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor to write, in layer order."""
-    from hf_moe.models.moe_plus_plus import MoePlusPlusForCausalLM
-
-    with torch.device("meta"):
-        model = MoePlusPlusForCausalLM(config)
-    parameters = model.named_parameters()  # a tied head appears once
-    return {name: parameter.shape for name, parameter in parameters}
-
-
 def _pieces(name: str, config: MoePlusPlusConfig) -> list[str]:
     """The released tensors that make the tensor `name`; several are stacked."""
     block, dot, own = name.partition(".mlp.")
     if not dot or not own.startswith(("gate.", "experts.", "zero_experts.")):
         return [name]
     gate, expert = f"{block}.mlp.moe.gate", f"{block}.mlp.moe.experts.experts"
-    feed_forward = range(config.num_experts)
-    constant = range(config.num_experts, config.num_experts + NUM_CONSTANT)
+    num_experts = config.experts_per_layer[0]
+    feed_forward, constant = range(num_experts), range(num_experts, num_experts + NUM_CONSTANT)
     two_layers = config.router_config["num_layers_gate"] == 2
     return {
         "gate.hidden_weight": [f"{gate}.wg.0.weight"],
@@ -224,32 +191,3 @@ def _pieces(name: str, config: MoePlusPlusConfig) -> list[str]:
         "zero_experts.constants": [f"{expert}.{e}.constant" for e in constant],
         "zero_experts.constant_gate": [f"{expert}.{e}.wg.weight" for e in constant],
     }[own]
-
-
-def _assemble(reader: CheckpointReader, names: list[str], shape: torch.Size) -> torch.Tensor:
-    tensors = [reader[name] for name in names]
-    if len(shape) == tensors[0].dim():
-        return tensors[0]
-    if len({tensor.shape for tensor in tensors}) > 1:
-        raise ValueError(f"The experts `{names[0]}` to `{names[-1]}` have different shapes. Download the files again.")
-    return torch.stack(tensors)
-
-
-def _check_keys(reader: CheckpointReader, pieces: dict[str, list[str]], config: MoePlusPlusConfig) -> None:
-    wanted = {name for names in pieces.values() for name in names}
-    missing = sorted(wanted - reader.keys())
-    if missing:
-        raise ValueError(
-            f"`{reader.folder}` lacks {len(missing)} tensors of the released layout, the first is `{missing[0]}`. "
-            "The files are incomplete, or `config.json` belongs to another model: download them again."
-        )
-    # Every router of the released code owns a map for the residual; the first one never uses it.
-    unused = {f"model.layers.{config.moe_layer_indices[0]}.mlp.moe.gate.gate_map.weight"}
-    unused |= {"lm_head.weight"} if config.tie_word_embeddings else set()
-    extra = sorted(key for key in reader.keys() - wanted - unused if not key.endswith(NOT_WEIGHTS))
-    if extra:
-        raise ValueError(
-            f"`{reader.folder}` has {len(extra)} tensors the released layout does not have, first `{extra[0]}`. "
-            "Check that `config.json` belongs to these weights (`moe_2layer_gate`, `num_experts`, "
-            "`num_hidden_layers`, `moe_expert_interval`)."
-        )
