@@ -14,13 +14,15 @@ MODEL_TYPES = {
     "moe_llama": ("llama", "MoeLlamaConfig"),
     "moe_llava": ("moe_llava", "MoeLlavaConfig"),
     "moe_phi": ("phi", "MoePhiConfig"),
+    "moe_plus_plus": ("moe_plus_plus", "MoePlusPlusConfig"),
     "moe_qwen2": ("qwen2", "MoeQwen2Config"),
     "moe_qwen3": ("qwen3", "MoeQwen3Config"),
     "moe_roberta": ("roberta", "MoeRobertaConfig"),
-    "moe_t5": ("t5", "MoeT5Config"),
     "moe_stablelm": ("stablelm", "MoeStableLmConfig"),
+    "moe_t5": ("t5", "MoeT5Config"),
     "pr_moe": ("pr_moe", "PrMoeConfig"),
     "read_me": ("read_me", "ReadMeConfig"),
+    "softmax_gaussian_moe": ("softmax_gaussian_moe", "SoftmaxGaussianMoEConfig"),
 }
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"
