@@ -222,8 +222,9 @@ class BaseRouter(nn.Module):
 
     def soft_permutation(self) -> torch.Tensor | None:
         """P while a permutation search runs (in training), else `None`."""
-        searching = self.permutation is not None and self.training and self.permutation.searching
-        return self.permutation.soft() if searching else None
+        if self.permutation is None or not (self.training and self.permutation.searching):
+            return None
+        return self.permutation.soft()
 
     def relabel(self, router_logits: torch.Tensor, soft: torch.Tensor | None) -> torch.Tensor:
         """Logits `(T, N)` in the order of the experts, where a permutation has been found."""
@@ -325,6 +326,9 @@ class LinearRouter(BaseRouter):
             first (DeepSpeed's top-2).
         noise_std (`float`, defaults to 0.01): A 0-dim buffer that a schedule may write.
     """
+
+    noise_std: torch.Tensor
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(
         self,
