@@ -85,6 +85,18 @@ def moe_layers(model: nn.Module) -> list[MoeLayerView]:
     return views
 
 
+def has_moe_layers(model: nn.Module) -> bool:
+    """Whether any module of `model` is a router [`moe_layers`] would find.
+
+    Args:
+        model (`nn.Module`): A transformers model, bare or wrapped.
+
+    Raises:
+        ValueError: a router is of a family that [`FAMILY_RULES`] does not describe.
+    """
+    return next(_routers(unwrap_model(model), "", ()), None) is not None
+
+
 def _routers(
     module: nn.Module, path: str, recorders: tuple[OutputRecorder, ...]
 ) -> Iterator[tuple[str, nn.Module, FamilyRule | None]]:

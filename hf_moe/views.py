@@ -8,7 +8,7 @@ from .view_families import FAMILY_RULES
 from .view_layer import MoeLayerView
 from .view_recording import LayerRecord, RoutingRecorder, in_backward, is_compiled, record_routing
 from .view_rules import FamilyRule, Routing
-from .view_search import moe_layers, unwrap_model
+from .view_search import has_moe_layers, moe_layers, unwrap_model
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MoeLayerView",
     "Routing",
     "RoutingRecorder",
+    "has_moe_layers",
     "in_backward",
     "is_compiled",
     "moe_layers",

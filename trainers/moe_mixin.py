@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_moe.routing import BalanceLosses, GlobalBalanceCallback, RouterScheduleCallback
 from hf_moe.routing.load_balancer import validate_balance_options
-from hf_moe.views import unwrap_model
+from hf_moe.views import has_moe_layers, unwrap_model
 
 from .parameter_groups import split_param_groups
 from .router_losses import RouterLossCollector
@@ -69,6 +69,8 @@ class MoeTrainerMixin(_Trainer):
     """
 
     model: Any
+    #: Whether a model without MoE layers is trained too, as the class below would: for methods with dense stages.
+    allows_dense = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -79,6 +81,9 @@ class MoeTrainerMixin(_Trainer):
             )
         self._router_losses: RouterLossCollector | None = None
         self._router_metrics: dict[str, tuple[torch.Tensor, int]] = {}
+        self._is_dense = self.allows_dense and not has_moe_layers(self._moe_model)
+        if self._is_dense:
+            return
         config = _router_config(self._prepare_router_losses().model)
         self._balance = self._callback(GlobalBalanceCallback)
         options = getattr(config, "router_config", {})
@@ -152,6 +157,8 @@ class MoeTrainerMixin(_Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The loss of the class below plus, in training, the router losses of its decoder passes with gradients."""
+        if self._is_dense:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         collector = self._prepare_router_losses()
         config = _router_config(collector.model)
         coefficients = tuple(_coefficients(config).values())
@@ -207,13 +214,15 @@ class MoeTrainerMixin(_Trainer):
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """As in the class below; the balancers learn how many micro-batches and tokens the step will have."""
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        if all(len(batch) for batch in batches):  # the Trainer will say what is wrong with an empty one
+        if not self._is_dense and all(
+            len(batch) for batch in batches
+        ):  # the Trainer will say what is wrong with an empty one
             self._balance.observe_batches(batches, replicas=self.get_cp_size() * self.get_sp_size())
         return batches, num_items_in_batch
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in the class below; the router state is looked for in the same checkpoint."""
-        if isinstance(resume_from_checkpoint, str | os.PathLike):
+        if isinstance(resume_from_checkpoint, str | os.PathLike) and not self._is_dense:
             self._balance.resume_from_checkpoint = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -231,7 +240,7 @@ class MoeTrainerMixin(_Trainer):
         saves them one by one, as published checkpoints have them, and looks for stacked ones (transformers, issue
         48805). Returns whether it did; models of hf_moe are saved as they are."""
         is_bare = isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if folder is None or not is_bare or not self._prepare_router_losses().views:
+        if folder is None or not is_bare or self._is_dense or not self._prepare_router_losses().views:
             return False
         loaded = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
         self.model.load_state_dict(loaded.state_dict())

@@ -1,0 +1,123 @@
+"""Preference distillation: a student learns answers a teacher prefers, with the teacher as the reference."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_moe.views import unwrap_model
+
+from .dpo_trainer import MoeDPOTrainer
+from .preference_distillation_config import PreferenceDistillationConfig
+from .teachers import OnDevice, check_teacher, load_teacher
+
+
+__all__ = ["PreferenceDistillationTrainer", "kto_pair_loss"]
+
+
+def kto_pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
+    r"""For the log-ratios d = log pi - log pi_ref of P pairs, with k = max(0, mean d) of each side taken as a constant,
+
+        1 - sigmoid(beta (d_chosen - k_rejected))   and   1 - sigmoid(beta (k_chosen - d_rejected)).
+
+    Args:
+        chosen, rejected (`torch.Tensor` of shape `(P,)`): Log-ratios.
+        beta (`float`): Scale.
+
+    Returns:
+        `torch.Tensor` of shape `(2 P,)`: Losses of the chosen and then of the rejected answers.
+
+    Example:
+
+    ```python
+    >>> kto_pair_loss(torch.zeros(1), torch.zeros(1), beta=0.1)
+    tensor([0.5000, 0.5000])
+    ```
+    """
+    k_chosen, k_rejected = (d.detach().mean().clamp(min=0) for d in (chosen, rejected))
+    good = 1 - torch.sigmoid(beta * (chosen - k_rejected))
+    bad = 1 - torch.sigmoid(beta * (k_chosen - rejected))
+    return torch.cat([good, bad])
+
+
+class PreferenceDistillationTrainer(MoeDPOTrainer):
+    r"""Preference distillation of [LLaVA-MoD](https://huggingface.co/papers/2408.15881), Sec. 3.3: [`~trl.DPOTrainer`]
+    with the teacher as the reference, plus the router losses of [`MoeTrainerMixin`] where the student has routers.
+
+    Log-probabilities of the teacher are sums over the answer, so its architecture is free; it reads the same batch and
+    therefore needs the same tokens and the same number of tokens for an image. With `precompute_ref_log_probs=True`
+    they are computed once before training. Since the reference is not a copy of the student, margins are far from 0 at
+    the start.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): The student, dense or a Mixture-of-Experts.
+        teacher_model (`str` or `PreTrainedModel`): The teacher.
+        args ([`PreferenceDistillationConfig`], *optional*): Configuration; `loss_type=["kto_pair"]` for the loss of the
+            released code ([`kto_pair_loss`]).
+        **kwargs: As in [`~trl.DPOTrainer`], but for `ref_model`.
+
+    Raises:
+        ValueError: teacher and student do not fit, or `ref_model` was given.
+        TypeError: `args` is of another class, or `teacher_model` is no model.
+
+    Example:
+
+    ```python
+    >>> from hf_moe.trainers import PreferenceDistillationConfig, PreferenceDistillationTrainer
+    >>> trainer = PreferenceDistillationTrainer(
+    ...     student,
+    ...     args=PreferenceDistillationConfig("out", precompute_ref_log_probs=True),
+    ...     teacher_model=teacher,
+    ...     train_dataset=pairs,
+    ...     processing_class=processor,
+    ... )
+    ```
+    """
+
+    _tag_names = ["trl", "dpo", "preference-distillation"]
+    allows_dense = True
+
+    def __init__(self, model: Any, args: Any = None, *, teacher_model: Any, **kwargs: Any):
+        args = PreferenceDistillationConfig("preference-distillation") if args is None else args
+        if not isinstance(args, PreferenceDistillationConfig):
+            raise TypeError(f"`args` must be a PreferenceDistillationConfig, got {type(args).__name__}.")
+        if kwargs.pop("ref_model", None) is not None:
+            raise ValueError("`ref_model` is the teacher here: pass `teacher_model` alone.")
+        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        if isinstance(model, nn.Module):
+            check_teacher(unwrap_model(model), teacher)
+        super().__init__(model, teacher, args, **kwargs)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        check_teacher(unwrap_model(self.model), teacher, len(tokenizer) if hasattr(tokenizer, "__len__") else None)
+        if args.teacher_device is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            self.ref_model: Any = OnDevice(reference, args.teacher_device, self.accelerator.device)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        if self.loss_types != ["kto_pair"]:
+            return super()._compute_loss(model, inputs, return_outputs)
+        mask = inputs["completion_mask"]
+        skipped = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        arguments = {k: v for k, v in inputs.items() if k not in skipped}
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
+        logps = outputs.log_probs[:, -(mask.shape[1] - 1) :].sum(dim=1).chunk(2)
+        if self.precompute_ref_logps:
+            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            reference = self.compute_ref_log_probs(self.ref_model, inputs)
+        chosen, rejected = (ours - theirs for ours, theirs in zip(logps, reference, strict=True))
+        self._note_rewards(chosen.detach(), rejected.detach())
+        loss = kto_pair_loss(chosen, rejected, self.beta).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _note_rewards(self, chosen: torch.Tensor, rejected: torch.Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = (self.accelerator.gather(self.beta * ratio) for ratio in (chosen, rejected))
+        for name, values in (
+            ("chosen", chosen),
+            ("rejected", rejected),
+            ("accuracies", (chosen > rejected).float()),
+            ("margins", chosen - rejected),
+        ):
+            metrics[f"rewards/{name}"].append(values.mean().item())
