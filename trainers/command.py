@@ -6,7 +6,7 @@ import importlib
 
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
-METHODS = ("distillation", "dpo", "sft", "unlearning")
+METHODS = ("distillation", "dpo", "evomoe", "sft", "unlearning")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

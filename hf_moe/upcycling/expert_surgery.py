@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_moe.routing.base import BaseRouter
+from hf_moe.routing.registry import build_router
 from hf_moe.view_layer import MoeLayerView
 from hf_moe.views import moe_layers
 
@@ -102,7 +104,20 @@ def edit_experts(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        for name, tensor in _fresh_router_tensors(skeleton, config).items():
+            if name not in kept and shapes.get(name) == tensor.shape:
+                kept[name] = tensor
         return _load(model, config, kept, shapes, views, modules)
+
+
+def _fresh_router_tensors(skeleton: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    """First values of the routers of this package, so that nothing has to be called missing when the result loads."""
+    return {
+        f"{path}.{name}": tensor
+        for path, router in skeleton.named_modules()
+        if isinstance(router, BaseRouter)
+        for name, tensor in build_router(config.get_text_config(), router.layer_idx).state_dict().items()
+    }
 
 
 def _load(

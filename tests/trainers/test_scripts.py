@@ -108,7 +108,7 @@ def test_train_refuses_an_unknown_method(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "ppo"])
     assert "invalid choice: 'ppo'" in capsys.readouterr().err
-    assert set(command.METHODS) == {*ROWS, "distillation", "unlearning"}
+    assert set(command.METHODS) == {*ROWS, "distillation", "evomoe", "unlearning"}
 
 
 @pytest.mark.slow

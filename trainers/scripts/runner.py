@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 
-__all__ = ["make_script_parser", "run_training"]
+__all__ = ["load_splits", "make_script_parser", "run_training"]
 
 
 def make_script_parser(
@@ -41,11 +41,8 @@ def run_training(
     Raises:
         ValueError: neither `--dataset_name` nor `datasets` in the YAML was given, or the data have no such split.
     """
-    from datasets import load_dataset
-    from transformers.utils import logging
-    from trl import get_dataset, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
-    logger = logging.get_logger(__name__)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -54,9 +51,44 @@ def run_training(
         **(training_args.model_init_kwargs or {}),
     }
 
+    dataset = load_splits(script_args, training_args, dataset_args)
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        **dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
+    trainer.end()
+
+
+def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> dict[str, Any]:
+    """The data a script was told to use.
+
+    Args:
+        script_args, training_args, dataset_args: What a parser of `make_script_parser` returned.
+
+    Returns:
+        `dict`: `train_dataset`, and `eval_dataset` (`None` if nothing is evaluated).
+
+    Raises:
+        ValueError: neither `--dataset_name` nor `datasets` in the YAML was given, or the data have no such split.
+    """
+    from datasets import load_dataset
+    from transformers.utils import logging
+    from trl import get_dataset
+
     if dataset_args.datasets:
         if script_args.dataset_name:
-            logger.warning("Both `datasets` and `dataset_name` were given; `dataset_name` is ignored.")
+            logging.get_logger(__name__).warning(
+                "Both `datasets` and `dataset_name` were given; `dataset_name` is ignored."
+            )
         dataset = get_dataset(dataset_args)
     elif script_args.dataset_name:
         dataset = load_dataset(
@@ -72,19 +104,7 @@ def run_training(
     for use, split in splits.items():
         if split not in dataset:
             raise ValueError(f"`--dataset_{use}_split {split}` is not in the data, which have {sorted(dataset)}.")
-
-    trainer = trainer_class(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=dataset[splits["train"]],
-        eval_dataset=dataset[splits["test"]] if "test" in splits else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to the Hub as {trainer.hub_model_id}.")
-    trainer.end()
+    return {
+        "train_dataset": dataset[splits["train"]],
+        "eval_dataset": dataset[splits["test"]] if "test" in splits else None,
+    }
