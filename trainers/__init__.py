@@ -23,8 +23,6 @@ _EXPORTS: dict[str, str] = {
     "GuidanceDistillationTrainer": ".guidance_distillation_trainer",
     "EvoMoEConfig": ".evomoe_config",
     "EvoMoETrainingArguments": ".evomoe_config",
-    "EvoMoEConfig": ".evomoe_config",
-    "EvoMoETrainingArguments": ".evomoe_config",
     "ExpertUnlearningConfig": ".unlearning_config",
     "ExpertUnlearningTrainer": ".unlearning_trainer",
     "GenericStatistics": ".local_expert_statistics",
@@ -62,7 +60,6 @@ _EXPORTS: dict[str, str] = {
     "train_only_experts": ".mote_trainer",
     "pill_learning_rate": ".pill_schedule",
     "pill_schedule": ".pill_schedule",
-    "train_evomoe": ".evomoe",
     "train_evomoe": ".evomoe",
     "prediction_discrepancy": ".distillation_losses",
 }
