@@ -50,6 +50,8 @@ _EXPORTS: dict[str, str] = {
     "PillStageCallback": ".pill_callback",
     "PreferenceDistillationConfig": ".preference_distillation_config",
     "PreferenceDistillationTrainer": ".preference_distillation_trainer",
+    "ReadMeTrainer": ".read_me_trainer",
+    "ReadMeTrainingArguments": ".read_me_config",
     "RouterLossCollector": ".router_losses",
     "UnlearningStep": ".unlearning_losses",
     "hidden_state_discrepancy": ".distillation_losses",
