@@ -80,6 +80,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "trainers": ".trainers",
         "upcycle": ".upcycling",
         "upcycle_checkpoint": ".upcycling",
+        "upcycle_llava": ".upcycling",
         "upcycle_mote": ".upcycling",
         "UpcycleReport": ".upcycling",
         "SelfContrast": ".generation",

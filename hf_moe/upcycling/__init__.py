@@ -53,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "read_mergekit": ".mergekit",
         "upcycle": ".recipe",
         "upcycle_checkpoint": ".streaming",
+        "upcycle_llava": ".llava",
         "upcycle_mote": ".ternary",
         "weight_rule_of": ".weight_rules",
     },

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", help="folder to write; must not exist, or be empty")
     parser.add_argument("--experts", type=int, default=8, metavar="N", help="experts per MoE layer (default: 8)")
     parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token (default: 2)")
-    parser.add_argument("--layers", default="all", help="all, every:2, first_half, second_half, 0,2,5 or a regex")
+    parser.add_argument(
+        "--layers", default="all", help="all, every:2, every:2:0, first_half, second_half, 0,2,5 or a regex"
+    )
     names = ", ".join(EXPERTS)
     parser.add_argument("--recipe", default="copy", metavar="NAME[:VALUE]", help=f"how experts are made: {names}")
     parser.add_argument("--shared", default=None, help="dense, residual, or a share of the channels such as 0.25")
@@ -89,6 +91,7 @@ def _convert(args: argparse.Namespace, recipe: dict[str, Any], destination: Path
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         tokenizer = None  # a model without one can be converted all the same
+    processor = _processor(source, model)
     calibration = None
     if args.calibration:
         from hf_moe.corpora import load_text_file
@@ -97,10 +100,23 @@ def _convert(args: argparse.Namespace, recipe: dict[str, Any], destination: Path
     moe, report = upcycle(model, tokenizer=tokenizer, calibration=calibration, check=not args.no_check, **recipe)
     with new_folder(destination) as partial:
         moe.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        for saved in (tokenizer, processor):
+            if saved is not None:
+                saved.save_pretrained(partial)
         write_text(partial / "upcycling.json", json.dumps(report.to_dict(), indent=2) + "\n")
     return report
+
+
+def _processor(source: str, model: Any) -> Any:
+    """What prepares images beside the text, `None` where there are none or it cannot be found."""
+    if getattr(model.config, "vision_config", None) is None:
+        return None
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -378,8 +378,9 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
     Args:
         model (`nn.Module`): Any transformers model.
         layers (`str` or `list[int]`, defaults to `"all"`): `"all"`, `"every:m"` (layers m - 1, 2m - 1, ...),
-            `"first_half"`, `"second_half"`, indices, or a regular expression that module paths are searched with. In
-            an encoder-decoder model, of each of the two stacks.
+            `"every:m:i"` (from layer i on), `"first_half"`, `"second_half"`, indices, or a regular expression that
+            module paths are searched with. In an encoder-decoder model, of each of the two stacks; in one whose
+            language model is fed by other towers, of the language model.
 
     Returns:
         `list[FeedForwardSite]`: In layer order; decoder layers are counted on from the encoder's.
@@ -400,6 +401,7 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
         return _choose_in_both_stacks(model, sites, layers)
     if isinstance(layers, str) and not _is_selection(layers):
         return _by_pattern(sites, layers, kind)
+    sites = _of_the_language_model(model, sites)
     stacks = sorted({s.layer_name.rpartition(".")[0] for s in sites})
     if len(stacks) > 1:
         raise ValueError(
@@ -427,14 +429,26 @@ def locate_feed_forwards(model: nn.Module, layers: str | list[int] = "all") -> l
     return found
 
 
-def _every(layers: str) -> int:
-    """m of `"every:m"`, 0 for anything else."""
-    prefix, _, step = layers.partition(":")
+def _of_the_language_model(model: Any, sites: list[FeedForwardSite]) -> list[FeedForwardSite]:
+    """Of a language model that is fed by other towers, its own feed-forwards; all of any other model."""
+    language_model = getattr(getattr(model, "base_model", None), "language_model", None)
+    if not isinstance(language_model, nn.Module):
+        return sites
+    own = {id(module) for module in language_model.modules()}
+    return [site for site in sites if id(site.module) in own] or sites
+
+
+def _every(layers: str) -> slice | None:
+    """Where `"every:m"` (from m - 1 on) and `"every:m:i"` (from i on) lead, `None` for anything else."""
+    prefix, _, numbers = layers.partition(":")
     if prefix != "every":
-        return 0
-    if not step.isdigit() or int(step) < 1:
-        raise ValueError(f"`layers={layers!r}` must be 'every:<m>' with a whole number m of at least 1.")
-    return int(step)
+        return None
+    step, _, first = numbers.partition(":")
+    if not step.isdigit() or int(step) < 1 or not (first.isdigit() or step == numbers):
+        raise ValueError(
+            f"`layers={layers!r}` must be 'every:<m>' with a whole number m of at least 1, or 'every:<m>:<first>'."
+        )
+    return slice(int(first or int(step) - 1), None, int(step))
 
 
 def _indices(layers: str | list[int], num_layers: int) -> list[int]:
@@ -446,8 +460,7 @@ def _indices(layers: str | list[int], num_layers: int) -> list[int]:
     if layers == "second_half":
         return everything[num_layers // 2 :]
     if isinstance(layers, str):
-        step = _every(layers)
-        return everything[step - 1 :: step]
+        return everything[_every(layers) or slice(0)]
     indices = list(layers)
     wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]
     if wrong:

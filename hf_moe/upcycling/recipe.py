@@ -15,10 +15,11 @@ from .builders.copy import Copy
 from .exactness import Exactness
 from .feed_forward import FeedForwardSite, count_layers, extract_feed_forward, locate_feed_forwards
 from .plan import UpcycledLayer, UpcyclePlan, build_layer
+from .probes import complete, probe_batch, vocabulary
 from .report import MeasuredGap, UpcycleReport, count_parameters, measure_gap
 from .router_init.base import RouterInit
 from .sources import load_source, source_name
-from .statistics import LayerStatistics, calibration_batches, collect_statistics, random_batch
+from .statistics import LayerStatistics, calibration_batches, collect_statistics
 from .targets.base import Target
 from .targets.choose import choose_target
 from .weight_rules import WeightRule, resolve_weight_rule
@@ -57,7 +58,7 @@ def upcycle(
         num_experts (`int`): Experts per MoE layer, N.
         top_k (`int`): Experts each token is sent to, K.
         layers (`str` or `list[int]`, defaults to `"all"`): `"all"`, `"every:m"`, `"first_half"`, `"second_half"`,
-            indices, or a regular expression for module paths.
+            indices, or a regular expression for module paths; see [`locate_feed_forwards`].
         experts ([`ExpertBuilder`], *optional*): How experts are made; copies by default.
         shared (`str` or `float`, *optional*): `"dense"`: the dense feed-forward stays as shared expert and the routed
             ones start at zero; `"residual"`: it stays as a weighted branch (PR-MoE); a number: this share of its
@@ -100,8 +101,8 @@ def upcycle(
     tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(model, calibration, plan.router)
     batches = None
     if calibration is not None:
-        batches = [_complete(model, batch) for batch in calibration_batches(calibration, tokenizer)]
-    if batches is None and (check or writer.needs) and getattr(model.config, "vocab_size", None) is None:
+        batches = [complete(model, batch) for batch in calibration_batches(calibration, tokenizer)]
+    if batches is None and (check or writer.needs) and vocabulary(model) is None:
         raise ValueError(
             f"{type(model).__name__} does not read tokens, so there are no random ones to try it on: pass "
             "`calibration` (a list of model inputs), or `check=False`."
@@ -120,7 +121,7 @@ def upcycle(
     if check:
         tokens = "calibration" if batches else "random"
         # Another seed than calibration on random tokens had: a check on the very tokens would prove nothing.
-        batches = batches or [_random_batch(model, seed + 1)]
+        batches = batches or [probe_batch(model, seed + 1)]
         gap = measure_gap(model, moe, batches[:MAX_CHECK_BATCHES], tokens)
         moe.config.upcycling["max_difference"] = gap.max_difference
         if exactness.exact and not gap.is_rounding:
@@ -347,7 +348,7 @@ def _statistics(
     if not needs:
         return {}
     if batches is None:
-        batches = [_random_batch(model, plan.seed)]
+        batches = [probe_batch(model, plan.seed)]
     return collect_statistics(model, sites, batches, needs)
 
 
@@ -367,27 +368,3 @@ def _layers(
         )
         yield layer
         done.append(layer._replace(router=None, experts=[], shared=None, residual=None))
-
-
-def _random_batch(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor]:
-    return _complete(model, random_batch(model.config.vocab_size, seed, length=_check_length(model)))
-
-
-def _complete(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch that a decoder beside an encoder can be run on too: by default it reads what the encoder reads."""
-    given = ("decoder_input_ids", "decoder_inputs_embeds")
-    if not getattr(model.config, "is_encoder_decoder", False) or any(name in batch for name in given):
-        return batch
-    shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if "labels" in batch and shifted is not None:
-        return {**batch, "decoder_input_ids": shifted(labels=batch["labels"])}
-    return {**batch, "decoder_input_ids": batch["input_ids"]}
-
-
-def _check_length(model: PreTrainedModel) -> int:
-    """Tokens of the random batch: within the positions the model has."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 128
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if getattr(table, "padding_idx", None) is not None:  # RoBERTa counts from there
-        positions -= table.padding_idx + 1
-    return max(1, min(128, positions))

@@ -102,6 +102,14 @@ def moe_text_config(text_config: Any, **moe_fields: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**as_dict, **moe_fields})
 
 
+def is_moe_decoder(text_config: Any) -> bool:
+    """Whether a config is that of a MoE decoder of this package in Llama's layout, the one that LLaVA's heads know."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    is_moe = isinstance(text_config, MoeConfigMixin) and text_config.moe_block_path == "layers.*.mlp"
+    return is_moe and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 @strict
 class MoeLlavaConfig(LlavaConfig):
     r"""Configuration of [`MoeLlavaModel`]: every field of `LlavaConfig`, and those of
@@ -117,7 +125,7 @@ class MoeLlavaConfig(LlavaConfig):
             [`~hf_moe.models.configuration.parse_moe_layers`] reads.
         lm_head_bias (`bool`, *optional*, defaults to `False`): Whether the language-model head has a bias.
 
-    Note: The reference keeps a capacity at evaluation too, also while it generates, where a token's answer then depends
+    Note: The reference keeps a capacity at evaluation too, also while it generates, where an answer then depends
     on its batch. Here nothing is dropped at evaluation; `router_config={"eval_capacity_factor": 2.0}` is the
     reference. Note: The reference draws the second expert with Gumbel noise, at evaluation too, which the paper does
     not say; `router_config={"noise": "gumbel_second"}` does so in training.
@@ -196,7 +204,7 @@ class MoeLlavaConfig(LlavaConfig):
             ValueError: see [`MoeLlavaConfig`].
         """
         text: Any = self.text_config
-        if not isinstance(text, MoeConfigMixin) or getattr(text, "is_encoder_decoder", False):
+        if not is_moe_decoder(text):
             raise ValueError(
                 f"`text_config` is of type {text.model_type!r}, which is no MoE decoder of hf_moe. Use one of "
                 f"{sorted(set(BACKBONES.values()))}, or a dense type that becomes one: {sorted(BACKBONES)}."

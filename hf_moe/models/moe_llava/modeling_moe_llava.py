@@ -14,7 +14,7 @@ from transformers.models.llava.modeling_llava import (
     LlavaModel,
     LlavaPreTrainedModel,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from hf_moe.models.modeling import MoeCausalLMOutput, MoeModelOutput, MoePreTrainedMixin, RouterLossesMixin
 
@@ -89,7 +89,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         embeds: Any = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         images = (mm_encoder_outputs or {}).get("image")
         if images is None and pixel_values is not None:
-            images = self.get_image_features(
+            encode: Any = self.get_image_features
+            images = encode(
                 pixel_values=pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,

@@ -300,6 +300,7 @@ class EncoderTarget(BackboneTarget):
 
 def backbone_targets() -> list[BackboneTarget]:
     """All of them; `moe_plus_plus` is never chosen by `"auto"`."""
+    from .llava import LlavaTarget
     from .t5 import T5Target
 
     return [
@@ -312,5 +313,6 @@ def backbone_targets() -> list[BackboneTarget]:
         EncoderTarget("moe_roberta", ("roberta", "xlm-roberta", "camembert")),
         BackboneTarget("moe_stablelm", ("stablelm",)),
         BackboneTarget("moe_phi", ("phi",)),
+        LlavaTarget(),
         MoePlusPlusTarget(),
     ]

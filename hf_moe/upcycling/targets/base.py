@@ -22,6 +22,7 @@ __all__ = ["CheckpointTarget", "Target", "head_mapping"]
 # Heads a dense model may have, the specific ones first.
 HEADS = {
     "causal language model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     "sequence-to-sequence language model": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     "masked language model": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
     "sequence classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
