@@ -60,6 +60,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "attribute_experts": ".attribution",
         "convert_to_readme": ".upcycling",
         "create_model_card": ".model_cards",
+        "drop_layers": ".models.drop_layers",
         "expand_experts": ".upcycling",
         "grow_model": ".upcycling",
         "export_ternary": ".quantization",

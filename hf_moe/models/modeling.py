@@ -6,7 +6,6 @@ attention backends stay transformers' own.
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, N experts, K per token.
 """
 
-import inspect
 import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -508,11 +507,10 @@ class MoeForCausalLMMixin(RouterLossesMixin):
 
 
 def _refuse_pooled_loss(model: Any, _args: tuple, kwargs: dict[str, Any]) -> None:
-    """TRL puts a forward of its own in place of the model's. Its auxiliary loss pools the layers, so they would have
-    to be of one size; the error it ends in names neither the cause nor the way out."""
-    if not kwargs.get("output_router_logits") or "forward" not in vars(model):
-        return
-    if str(getattr(inspect.unwrap(model.forward), "__module__", "")).startswith("trl."):
+    """TRL puts a forward of its own in place of the model's and asks for it with `fused_lm_head`. Its auxiliary loss
+    pools the layers, so they would have to be of one size; the error it ends in names neither cause nor way out."""
+    wanted = kwargs.get("output_router_logits", model.config.output_router_logits)
+    if wanted and kwargs.get("fused_lm_head"):
         raise ValueError(
             f"`num_experts` is {model.config.num_experts}, but the auxiliary loss of a stock TRL trainer needs the "
             "same number in every layer. Use `MoeSFTTrainer` or `MoeDPOTrainer` of `hf_moe.trainers`, or set "

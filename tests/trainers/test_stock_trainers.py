@@ -38,6 +38,17 @@ def test_trl_takes_mixtrals_formula_over_feed_forward_experts(kind, family, tmp_
     assert trainer.state.log_history[0]["aux_loss"] == pytest.approx(float(expected), abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trls_pooled_loss_refuses_layers_of_different_sizes_and_names_the_way_out(kind, tmp_path):
+    trainer = build(kind, tmp_path, tiny_moe(num_experts=[2, 4]), stock=True)
+    with pytest.raises(ValueError, match=r"`num_experts` is \[2, 4\], .* Use `MoeSFTTrainer`"):
+        trainer.train()
+    for stock, options in ((True, {"router_aux_loss_coef": 0.0}), (False, {})):
+        trainer = build(kind, tmp_path, tiny_moe(num_experts=[2, 4]), stock=stock, **options)
+        trainer.train()
+    assert trainer.state.log_history[0]["aux_loss"] > 0
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_models_say_all_router_logits_beside_those_third_parties_read(family):
     model = tiny_moe(family).eval()
