@@ -11,7 +11,16 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from common.model_battery import HEADS, TYPES, VOCABULARY, make_config, make_inputs, model_class
+from common.model_battery import (
+    ENCODER_HEADS,
+    ENCODERS,
+    HEADS,
+    TYPES,
+    VOCABULARY,
+    make_config,
+    make_inputs,
+    model_class,
+)
 
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "transformers-tests"
@@ -29,13 +38,19 @@ from transformers_tests.test_configuration_common import ConfigTester  # noqa: E
 from transformers_tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 
-DEFAULT = ("moe_llama", "moe_plus_plus")
+DEFAULT = ("moe_llama", "moe_plus_plus")  # and trained, which needs a causal language model
 TABLES = {
     "Model": modeling_auto.MODEL_MAPPING_NAMES,
     "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "ForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
+
+
+def heads_of(model_type: str) -> tuple[str, ...]:
+    return ENCODER_HEADS if model_type in ENCODERS else HEADS
 
 
 def get_values(table):
@@ -44,7 +59,8 @@ def get_values(table):
         model_class(make_config(model_type), head).__name__
         for head, own in TABLES.items()
         if own is table
-        for model_type in TYPES
+        for model_type in (*TYPES, *ENCODERS)
+        if head in heads_of(model_type)
     ]
     return [*original_get_values(table), *ours]
 
@@ -74,7 +90,7 @@ def make_case(model_type: str) -> type:
     config = make_config(model_type)
 
     class Case(battery.ModelTesterMixin, unittest.TestCase):
-        all_model_classes = tuple(model_class(config, head) for head in HEADS)
+        all_model_classes = tuple(model_class(config, head) for head in heads_of(model_type))
         test_can_init_all_missing_weights_before_2023 = True  # it looks for a year in our files
         model_tester = None
 
@@ -121,5 +137,5 @@ def named(case: type, prefix: str, model_type: str) -> type:
     return case
 
 
-globals().update({case.__name__: case for case in map(make_case, TYPES)})
+globals().update({case.__name__: case for case in map(make_case, (*TYPES, *ENCODERS))})
 globals().update({case.__name__: case for case in map(make_training_case, DEFAULT)})

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common.model_battery import TYPES, make_config, make_model
+from common.model_battery import ENCODERS, TYPES, make_config, make_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_moe.models import MODEL_TYPES, config_class
@@ -84,6 +84,14 @@ SCENARIOS = {
         from transformers import AutoTokenizer
         assert AutoTokenizer.from_pretrained(folder)("The river")["input_ids"]
     """,
+    "encoder_first": """
+        from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering
+        model = AutoModelForMaskedLM.from_pretrained(folder)
+        assert type(model).__name__ == name + "ForMaskedLM"
+        assert model(torch.ones(1, 4, dtype=torch.int64)).logits.isfinite().all()
+        head = AutoModelForQuestionAnswering.from_config(model.config)
+        assert type(head).__name__ == name + "ForQuestionAnswering"
+    """,
     "several_threads_first": """
         import threading
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -129,7 +137,8 @@ for job in jobs:
     os.waitpid(child, 0)
 """
 
-CASES = [(scenario, "moe_llama") for scenario in SCENARIOS]
+CASES = [(scenario, "moe_llama") for scenario in SCENARIOS if scenario != "encoder_first"]
+CASES += [("encoder_first", t) for t in ENCODERS]
 CASES += [("from_pretrained_first", t) for t in TYPES if t != "moe_llama"] + [("unpickled_config_first", "moe_gpt2")]
 
 
@@ -140,9 +149,10 @@ def outcomes(tmp_path_factory, tiny_tokenizer_dir):
 
     root = tmp_path_factory.mktemp("registration")
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
-    for model_type in TYPES:
+    for model_type in (*TYPES, *ENCODERS):
         folder = root / model_type
-        model = make_model(model_type, vocab_size=384)
+        head = "ForMaskedLM" if model_type in ENCODERS else "ForCausalLM"
+        model = make_model(model_type, head, vocab_size=384)
         model.save_pretrained(folder, code=None)
         tokenizer.save_pretrained(folder)
         (folder / "config.pickle").write_bytes(pickle.dumps(model.config))
