@@ -6,7 +6,17 @@ import importlib
 
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
-METHODS = ("distillation", "dpo", "evomoe", "sft", "unlearning")
+METHODS = (
+    "distillation",
+    "dpo",
+    "evomoe",
+    "mimic",
+    "preference",
+    "read_me",
+    "sft",
+    "staged-distillation",
+    "unlearning",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
     words = [word for word in args.arguments if word != "--debug"]
     launch, script = split_arguments(args.method, words)
-    command = [*launch, "--module", f"hf_moe.trainers.scripts.{args.method}", *script]
+    command = [*launch, "--module", script_module(args.method), *script]
     launch_command(launch_command_parser().parse_args(command))
     return 0
+
+
+def script_module(method: str) -> str:
+    """Where the script of a method is."""
+    return f"hf_moe.trainers.scripts.{method.replace('-', '_')}"
 
 
 def split_arguments(method: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -60,7 +75,7 @@ def split_arguments(method: str, words: list[str]) -> tuple[list[str], list[str]
     """
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    parser = importlib.import_module(f"hf_moe.trainers.scripts.{method}").make_parser(prog=f"hf-moe train {method}")
+    parser = importlib.import_module(script_module(method)).make_parser(prog=f"hf-moe train {method}")
     # What the script's parser does not know is left over, in order; `--help` prints and exits here.
     *_, from_file, unknown = parser.parse_args_and_config(
         words, return_remaining_strings=True, separate_remaining_strings=True

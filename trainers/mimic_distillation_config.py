@@ -14,6 +14,7 @@ class MimicDistillationConfig(MoeSFTConfig):
     """[`MoeSFTConfig`] of [`MimicDistillationTrainer`].
 
     Args:
+        teacher_model_name_or_path (`str`, *optional*): The teacher, where the trainer is given none.
         teacher_model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained`, where the teacher is
             given as a string.
         teacher_device (`str`, *optional*): Where the teacher runs; where the student does by default.
@@ -28,6 +29,9 @@ class MimicDistillationConfig(MoeSFTConfig):
         ValueError: a value out of range; packed or padding-free batches.
     """
 
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher, a Hub id or a folder."}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher."}
     )

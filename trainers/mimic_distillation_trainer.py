@@ -105,8 +105,8 @@ class _MimicLoss(SFTTrainer):
 
 
 class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
-    r"""Mimic distillation of [LLaVA-MoD](https://huggingface.co/papers/2408.15881), Sec. 3.2: [`~trl.SFTTrainer`] whose
-    loss is
+    r"""Mimic distillation of [LLaVA-MoD](https://huggingface.co/papers/2408.15881), Sec. 3.2: [`~trl.SFTTrainer`]
+    whose loss is
 
         L = kd_weight * mean_t KL(p_T(. | t) || p_S(. | t)) + lm_weight * cross-entropy + router losses
 
@@ -123,7 +123,7 @@ class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): The student, dense or a Mixture-of-Experts.
-        teacher_model (`str` or `PreTrainedModel`): The teacher.
+        teacher_model (`str` or `PreTrainedModel`, *optional*): The teacher; that of `args` by default.
         args ([`MimicDistillationConfig`], *optional*): Configuration of the run.
         **kwargs: As in [`~trl.SFTTrainer`]; image-text datasets are collated there.
 
@@ -138,7 +138,7 @@ class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
     >>> from hf_moe.trainers import MimicDistillationConfig, MimicDistillationTrainer
     >>> args = MimicDistillationConfig("out", learning_rate=2e-5, max_length=None)
     >>> trainer = MimicDistillationTrainer(
-    ...     student, args=args, teacher_model="llava-hf/llava-1.5-7b-hf", train_dataset=rows, processing_class=processor
+    ...     student, args=args, teacher_model=teacher, train_dataset=rows, processing_class=processor
     ... )
     >>> trainer.train()
     ```
@@ -147,13 +147,13 @@ class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
     _tag_names = ["trl", "sft", "mimic-distillation"]
     allows_dense = True
 
-    def __init__(self, model: Any, args: Any = None, *, teacher_model: Any, **kwargs: Any):
+    def __init__(self, model: Any, args: Any = None, *, teacher_model: Any = None, **kwargs: Any):
         args = MimicDistillationConfig("mimic-distillation") if args is None else args
         if not isinstance(args, MimicDistillationConfig):
             raise TypeError(f"`args` must be a MimicDistillationConfig, got {type(args).__name__}.")
         self._last_hidden: Any = None
         self._num_distilled = torch.ones((), dtype=torch.long)
-        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        teacher = load_teacher(teacher_model or args.teacher_model_name_or_path, model, args.teacher_model_init_kwargs)
         if isinstance(model, nn.Module):
             check_teacher(unwrap_model(model), teacher)
         super().__init__(model, args=args, **kwargs)

@@ -17,6 +17,7 @@ class PreferenceDistillationConfig(MoeDPOConfig):
         learning_rate (`float`, defaults to 2e-6): The teacher as reference starts far from the student.
         loss_type (`list[str]`, defaults to `["sigmoid"]`): As of `trl.DPOConfig`, or `["kto_pair"]` alone, the default
             of the released code.
+        teacher_model_name_or_path (`str`, *optional*): The teacher, where the trainer is given none.
         teacher_model_init_kwargs (`dict`, *optional*): Keyword arguments of `from_pretrained`, where the teacher is
             given as a string.
         teacher_device (`str`, *optional*): Where the teacher runs; where the student does by default.
@@ -26,6 +27,9 @@ class PreferenceDistillationConfig(MoeDPOConfig):
     """
 
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher, a Hub id or a folder."}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the teacher."}
     )

@@ -16,7 +16,7 @@ __all__ = ["PreferenceDistillationTrainer", "kto_pair_loss"]
 
 
 def kto_pair_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
-    r"""For the log-ratios d = log pi - log pi_ref of P pairs, with k = max(0, mean d) of each side taken as a constant,
+    r"""For the log-ratios d = log pi - log pi_ref of P pairs, with k = max(0, mean d) of each side as a constant,
 
         1 - sigmoid(beta (d_chosen - k_rejected))   and   1 - sigmoid(beta (k_chosen - d_rejected)).
 
@@ -51,9 +51,9 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): The student, dense or a Mixture-of-Experts.
-        teacher_model (`str` or `PreTrainedModel`): The teacher.
-        args ([`PreferenceDistillationConfig`], *optional*): Configuration; `loss_type=["kto_pair"]` for the loss of the
-            released code ([`kto_pair_loss`]).
+        teacher_model (`str` or `PreTrainedModel`, *optional*): The teacher; that of `args` by default.
+        args ([`PreferenceDistillationConfig`], *optional*): Configuration; `loss_type=["kto_pair"]` for the loss of
+            the released code ([`kto_pair_loss`]).
         **kwargs: As in [`~trl.DPOTrainer`], but for `ref_model`.
 
     Raises:
@@ -77,13 +77,13 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
     _tag_names = ["trl", "dpo", "preference-distillation"]
     allows_dense = True
 
-    def __init__(self, model: Any, args: Any = None, *, teacher_model: Any, **kwargs: Any):
+    def __init__(self, model: Any, args: Any = None, *, teacher_model: Any = None, **kwargs: Any):
         args = PreferenceDistillationConfig("preference-distillation") if args is None else args
         if not isinstance(args, PreferenceDistillationConfig):
             raise TypeError(f"`args` must be a PreferenceDistillationConfig, got {type(args).__name__}.")
         if kwargs.pop("ref_model", None) is not None:
             raise ValueError("`ref_model` is the teacher here: pass `teacher_model` alone.")
-        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        teacher = load_teacher(teacher_model or args.teacher_model_name_or_path, model, args.teacher_model_init_kwargs)
         if isinstance(model, nn.Module):
             check_teacher(unwrap_model(model), teacher)
         super().__init__(model, teacher, args, **kwargs)

@@ -21,8 +21,12 @@ def load_teacher(teacher: Any, student: Any, options: Mapping[str, Any] | None =
 
     Raises:
         TypeError: `teacher` is no model.
-        ValueError: `teacher` is the student itself.
+        ValueError: there is no teacher, or it is the student itself.
     """
+    if teacher is None:
+        raise ValueError(
+            "`teacher_model` is missing: pass it, or set `teacher_model_name_or_path` in the configuration."
+        )
     if isinstance(teacher, str):
         from trl.trainer.utils import create_model_from_path
 
@@ -79,8 +83,8 @@ def check_teacher(student: Any, teacher: Any, num_tokens: int | None = None) -> 
     sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
     if num_tokens is not None and min(sizes) < num_tokens:
         raise ValueError(
-            f"`teacher_model`: the tokenizer knows {num_tokens} tokens, but the vocabularies of {pair} have {sizes[0]} "
-            f"and {sizes[1]}. Use a teacher with the student's tokenizer, and resize embeddings after adding tokens."
+            f"`teacher_model`: the tokenizer knows {num_tokens} tokens, but the vocabularies of {pair} have "
+            f"{sizes[0]} and {sizes[1]}. Use a teacher with the student's tokenizer, and resize embeddings after adding tokens."
         )
     return min(sizes)
 

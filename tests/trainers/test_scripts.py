@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -69,6 +69,19 @@ def test_a_script_trains_adapters_on_the_experts(name, folder):
         assert any("mlp.experts" in key for key in file.keys())
 
 
+@pytest.mark.parametrize(("name", "rows"), [("mimic", "sft"), ("preference", "dpo")])
+def test_a_student_is_distilled_from_a_teacher(name, rows, folder):
+    tiny_moe(seed=1, hidden_size=32).save_pretrained(folder / "teacher")
+    arguments = words(rows, folder)
+    with pytest.raises(ValueError, match="`teacher_model` is missing"):
+        run(name, arguments)
+    run(name, [*arguments, "--teacher_model_name_or_path", str(folder / "teacher")])
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.hidden_size == 16
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    logged = {"mimic": "distillation_loss", "preference": "rewards/margins"}[name]
+    assert all(logged in log for log in state["log_history"] if "loss" in log)
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_missing_data_are_named(name, folder):
     arguments = words(name, folder)
@@ -92,6 +105,37 @@ def test_a_script_can_be_a_sub_command_of_another_parser(name):
     assert args.balance_mode == "rank" and model_args.model_name_or_path == "m"
 
 
+def test_the_staged_script_makes_the_student_of_the_teacher(folder):
+    teacher = [
+        "--teacher_model_name_or_path",
+        str(folder / "model"),
+        "--student_drop_every",
+        "2",
+        "--kd_stop_step",
+        "1",
+    ]
+    arguments = words("sft", folder, *teacher)
+    del arguments[:2]  # no model
+    run("staged_distillation", arguments)
+    assert AutoModelForCausalLM.from_pretrained(folder / "out").config.num_hidden_layers == 1
+    state = json.loads((folder / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert ["kd_loss" in log for log in state["log_history"] if "loss" in log] == [True, False]
+
+
+def test_the_staged_script_trains_a_given_student_with_adapters(folder):
+    tiny_moe(seed=1).save_pretrained(folder / "teacher")
+    run("staged_distillation", words("sft", folder, "--teacher_model_name_or_path", str(folder / "teacher"), *LORA))
+    with safe_open(folder / "out" / "adapter_model.safetensors", framework="pt") as file:
+        assert any("mlp.experts" in key for key in file.keys())
+
+
+def test_names_with_a_hyphen_find_their_script(folder, monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert cli.main(["train", "staged-distillation", *words("sft", folder, "--kd_stop_step", "3")]) == 0
+    assert launched[0].training_script == "hf_moe.trainers.scripts.staged_distillation"
+
+
 def test_train_hands_accelerate_its_arguments_and_the_script_the_rest(folder, monkeypatch):
     (folder / "run.yaml").write_text(yaml.safe_dump({**OPTIONS, "num_machines": 1}))
     launched = []
@@ -108,7 +152,8 @@ def test_train_refuses_an_unknown_method(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "ppo"])
     assert "invalid choice: 'ppo'" in capsys.readouterr().err
-    assert set(command.METHODS) == {*ROWS, "distillation", "evomoe", "unlearning"}
+    assert {*ROWS, "staged-distillation", "unlearning"} <= set(command.METHODS)
+    assert all(importlib.util.find_spec(command.script_module(method)) for method in command.METHODS)
 
 
 @pytest.mark.slow
