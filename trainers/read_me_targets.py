@@ -54,9 +54,9 @@ def bucketed_overlap(activations: torch.Tensor, masks: torch.Tensor) -> torch.Te
     sizes, width = activations.abs().float(), activations.shape[-1]
     counts = [max(1, count) for count in (width - 1, *(width * part // 5 for part in (4, 3, 2, 1)))]
     ordered = sizes.sort(dim=-1, descending=True).values
-    weights = sum((sizes >= ordered[:, count - 1 : count]).float() for count in counts) / (3 * width)
+    levels = torch.stack([sizes >= ordered[:, count - 1 : count] for count in counts])  # (5, T, I)
     own = masks & ~masks.all(dim=0)
-    return weights @ own.to(sizes).t()
+    return levels.float().sum(dim=0) / (3 * width) @ own.to(sizes).t()
 
 
 def distillation_loss(

@@ -82,7 +82,9 @@ class ReadMeTrainer(Trainer):
                 if not any(part in name for part in (".mlp.", "norm.", ".router.", "lora_")):
                     parameter.requires_grad_(False)
         super().__init__(model, args, **kwargs)
-        self.teacher: Any = None if teacher is None else teacher.to(self.args.device)
+        self.teacher: Any = teacher
+        if teacher is not None:
+            self.teacher.to(self.args.device)
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
 
     # -- losses --------------------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
 """Read-ME's training: whose turn it is, what the router learns, and that runs resume in the middle of a round."""
 
+import importlib
+import json
 import math
 import shutil
 
 import pytest
 import torch
-from common.tiny_training import third_party_warnings, token_rows
+import yaml
+from common.tiny_training import third_party_warnings, tiny_words, token_rows
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_moe import convert_to_readme
-from hf_moe.trainers import ReadMeTrainer, ReadMeTrainingArguments
+from hf_moe import ReadMeForCausalLM, convert_to_readme
+from hf_moe.trainers import ReadMeTrainer, ReadMeTrainingArguments, command
 from hf_moe.trainers.read_me_schedule import ReadMeSchedule
 from hf_moe.trainers.read_me_targets import bucketed_overlap, distillation_loss, mask_overlap
 
@@ -331,3 +334,39 @@ def test_models_that_do_not_fit_are_refused(pair, tmp_path):
     random = type(convert())(convert().config)
     with pytest.raises(ValueError, match=r"does not know which channels .*`mlp.channel_masks`"):
         make_trainer(pair, tmp_path, model=random)
+
+
+# -- script ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(pair, tmp_path):
+    """A dense and a converted model with a tokenizer, and text."""
+    dense, convert = pair
+    dense.save_pretrained(tmp_path / "dense")
+    convert().save_pretrained(tmp_path / "model")
+    for name in ("dense", "model"):
+        tiny_words().save_pretrained(tmp_path / name)
+    rows = [{"text": " ".join(f"w{3 + (7 * i + j) % 120}" for j in range(30))} for i in range(8)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**OPTIONS, "max_steps": 4, "block_length": 16}))
+    return tmp_path
+
+
+def run_script(folder, *more):
+    script = importlib.import_module("hf_moe.trainers.scripts.read_me")
+    paths = {"model_name_or_path": "model", "dataset_name": "text.jsonl", "output_dir": "out", "config": "run.yaml"}
+    arguments = [word for key, path in paths.items() for word in (f"--{key}", str(folder / path))]
+    script.main(*script.make_parser().parse_args_and_config([*arguments, *more], fail_with_unknown_args=False))
+
+
+def test_the_script_trains_and_saves_a_model_that_loads(folder):
+    run_script(folder, "--teacher_name_or_path", str(folder / "dense"))
+    tuned, start = (ReadMeForCausalLM.from_pretrained(folder / name) for name in ("out", "model"))
+    assert not torch.equal(tuned.model.router.head.weight, start.model.router.head.weight)
+    with pytest.raises(ValueError, match="`--text_column words` is not in the data"):
+        run_script(folder, "--text_column", "words")
+
+
+def test_the_command_tells_its_arguments_from_those_of_the_launcher(folder):
+    words = ["--config", str(folder / "run.yaml"), "--num_processes", "2", "--model_name_or_path", "m"]
+    launch, script = command.split_arguments("read_me", [*words, "--dataset_name", "d", "--rounds", "3"])
+    assert launch == ["--num_processes", "2"] and "--rounds" in script
