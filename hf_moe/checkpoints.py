@@ -45,9 +45,13 @@ class CheckpointReader:
         if not self.folder.is_dir():
             raise ValueError(f"`{self.folder}` is not a folder. Give the folder of a model.")
         self._tensors = {}
+        self._shapes = {}
         for name in check_safetensors(self.folder):
             file = safe_open(self.folder / name, framework="pt")
             self._tensors.update((key, lambda key=key, file=file: file.get_tensor(key)) for key in file.keys())
+            self._shapes.update(
+                (key, lambda key=key, file=file: file.get_slice(key).get_shape()) for key in file.keys()
+            )
         if not self._tensors:
             for name in self._bin_files():
                 tensors = _load_bin(self.folder / name)
@@ -60,6 +64,10 @@ class CheckpointReader:
     def keys(self) -> set[str]:
         """Names of the tensors."""
         return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read for it where the file says."""
+        return tuple(self._shapes[name]()) if name in self._shapes else tuple(self[name].shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

@@ -7,6 +7,7 @@ by tensor and the result never exists as a model.
 import copy
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from .targets.choose import choose_target
 from .weight_rules import WeightRule
 
 
-__all__ = ["upcycle_checkpoint"]
+__all__ = ["copy_rest", "skeleton", "upcycle_checkpoint"]
 
 # What a source folder has besides weights and configs that belongs to the result too.
 COPIED = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
@@ -84,7 +85,7 @@ def upcycle_checkpoint(
     """
     choices = resolve_choices(num_experts, top_k, experts, shared, router, weights, scale, seed)
     folder = _folder(source)
-    model = _skeleton(folder)
+    model = skeleton(folder)
     sites = locate_feed_forwards(model, layers)
     plan = make_plan(model, sites, source_name(source), overrides=config_overrides, **choices)
     writer = choose_target(target, model, plan)
@@ -106,7 +107,7 @@ def upcycle_checkpoint(
         config.architectures = [type(result).__name__]
         write_shim(shards.partial, config)
         config.save_pretrained(shards.partial)
-        _copy_rest(folder, shards.partial)
+        copy_rest(folder, shards.partial)
     return make_report(plan, writer, writer.exactness(config, plan), model, result, done, None)
 
 
@@ -118,12 +119,12 @@ def _folder(source: str | os.PathLike) -> Path:
     return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", *COPIED]))
 
 
-def _skeleton(folder: Path) -> PreTrainedModel:
-    """The dense model without weights."""
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint, without weights."""
     config = AutoConfig.from_pretrained(folder)
     check_unquantized(config, str(folder), "source")
     architecture = (config.architectures or [""])[0]
-    cls = getattr(transformers, architecture, None)
+    cls: Any = getattr(transformers, architecture, None) or getattr(import_module("hf_moe"), architecture, None)
     with torch.device("meta"):
         return cls(config) if cls is not None else AutoModelForCausalLM.from_config(config)
 
@@ -173,7 +174,8 @@ def _filled(site: FeedForwardSite, reader: CheckpointReader) -> nn.Module:
     return module
 
 
-def _copy_rest(folder: Path, partial: Path) -> None:
+def copy_rest(folder: Path, partial: Path) -> None:
+    """Copies what a folder has besides weights and config: tokenizer, processors, generation settings."""
     for pattern in COPIED:
         for path in folder.glob(pattern):
             shutil.copyfile(path, partial / path.name)

@@ -202,7 +202,7 @@ class MoeT5ForConditionalGeneration(_StacksMixin, RouterLossesMixin, MoeT5PreTra
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                shift_labels=labels,
+                shift_labels=labels.contiguous(),
                 num_items_in_batch=num_items_in_batch,
             )
         losses = []
