@@ -57,6 +57,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RouterScheduleCallback": ".routing",
         "RouterStats": ".routing",
         "RoutingContext": ".routing",
+        "active_compute": ".active_compute",
         "attribute_experts": ".attribution",
         "convert_to_readme": ".upcycling",
         "create_model_card": ".model_cards",

@@ -12,6 +12,7 @@ from .experts.dense import DenseExpert
 from .experts.registry import build_experts
 from .experts.zero_computation import ZeroComputationExperts
 from .layer_config import layer_config
+from .routing.capacity import trim_slots
 from .routing.output import RoutingContext
 from .routing.registry import build_router
 
@@ -94,6 +95,8 @@ class MoeBlock(nn.Module):
             # Expert parallel: the exchange of tokens knows no empty slots, so they visit some expert, with weight 0.
             visited = torch.arange(index.shape[0], device=index.device).unsqueeze(-1) % self.num_experts
             ffn_index = torch.where(ffn_index < self.num_experts, ffn_index, visited)
+        elif getattr(self.gate, "variable_slots", False):
+            ffn_index, ffn_weights = trim_slots(ffn_index, ffn_weights, self.num_experts)
         output = self.experts(expert_input, ffn_index, ffn_weights)
         if self.zero_experts is None:
             return output

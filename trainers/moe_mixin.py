@@ -42,6 +42,8 @@ class MoeTrainerMixin(_Trainer):
       `train(resume_from_checkpoint=...)` finds their state.
     - **Logs.** `aux_loss`, and `router_z_loss` where it is on: unweighted means over the micro-batches of all
       processes since the last log. `aux_loss` is 1 when balanced. `router_penalty` has its coefficient in it.
+      `active_experts` is the mean number of experts per token, padding left out. `total_flos` counts, of the experts,
+      those that tokens were sent to; transformers counts all.
     - **Optimizer.** `router_learning_rate` and `expert_learning_rate`, see [`MoeTrainingArguments`].
 
     Evaluation losses hold no router losses, as in the model's own forward.
@@ -81,6 +83,7 @@ class MoeTrainerMixin(_Trainer):
             )
         self._router_losses: RouterLossCollector | None = None
         self._router_metrics: dict[str, tuple[torch.Tensor, int]] = {}
+        self._expert_parameters: torch.Tensor | None = None
         self._is_dense = self.allows_dense and not has_moe_layers(self._moe_model)
         if self._is_dense:
             return
@@ -167,10 +170,12 @@ class MoeTrainerMixin(_Trainer):
             or getattr(config, "has_router_penalty", False)
             or any(b.bias_update_speed for b, _ in collector.balancers.values())
         )
-        if not (wanted and self.model.training and torch.is_grad_enabled()):
+        if not (self.model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with collector.collect() as pending:
+        with collector.collect(losses=bool(wanted)) as pending:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not wanted:
+            return result
         if not pending:
             raise ValueError(
                 "no router of the model ran with gradients, so its router losses would silently be missing. Reentrant "
@@ -258,6 +263,26 @@ class MoeTrainerMixin(_Trainer):
             split_param_groups(optimizer, self.model if model is None else model, **rates)
         return optimizer
 
+    # -- cost ----------------------------------------------------------------------------------------------------
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in the class below, 6 operations per parameter and token, but of the experts only those in use."""
+        if self._is_dense:
+            return super().floating_point_ops(inputs)
+        meter, total = self._prepare_router_losses().activity, super().floating_point_ops(inputs)
+        counted, parameters = meter.num_passes > 0, meter.take_parameters()
+        if not total or not counted or parameters is None:
+            return total
+        self._expert_parameters = parameters + (0 if self._expert_parameters is None else self._expert_parameters)
+        tokens = inputs[getattr(self.model, "main_input_name", "input_ids")].numel()
+        return total - 6 * tokens * meter.num_routed
+
+    def store_flos(self) -> None:
+        """As in the class below; experts are added here, because their number is on the device until now."""
+        if self._expert_parameters is not None:
+            self.current_flos += 6.0 * self._expert_parameters.item()
+            self._expert_parameters = None
+        super().store_flos()
+
     # -- logs ----------------------------------------------------------------------------------------------------
     def _note(self, losses: BalanceLosses) -> None:
         self._note_metric("aux_loss", losses.aux_loss)
@@ -277,6 +302,11 @@ class MoeTrainerMixin(_Trainer):
             means: Any = self.accelerator.reduce(means, "mean")
             logs.update(zip(self._router_metrics, means.tolist(), strict=True))
             self._router_metrics.clear()
+        counting = self.model.training and not self._is_dense
+        counts = self._prepare_router_losses().activity.drain_means() if counting else None
+        if counts is not None:
+            counts: Any = self.accelerator.reduce(counts, "sum")
+            logs["active_experts"] = (counts[0] / counts[1].clamp(min=1)).item()
         super().log(logs, *args, **kwargs)
 
 

@@ -19,12 +19,15 @@ from hf_moe.routing.discovery import find_balancers
 from hf_moe.routing.load_balancer import PendingBalance
 from hf_moe.views import MoeLayerView, moe_layers, unwrap_model
 
+from .activity import ActivityMeter
+
 
 __all__ = ["RouterLossCollector"]
 
 
 class RouterLossCollector:
-    """Starts the balance losses of every decoder pass inside [`~RouterLossCollector.collect`].
+    """Starts the balance losses of every decoder pass inside [`~RouterLossCollector.collect`], and counts the experts
+    in use.
 
     Its hooks are inert outside that context, in evaluation and without gradients: reference models, passes with
     disabled adapters and metrics are not collected. Activation checkpointing repeats layers during the backward pass,
@@ -50,15 +53,18 @@ class RouterLossCollector:
                 device = next(self.model.parameters()).device
                 self.model.load_balancer = LoadBalancer([view.num_experts for view in self.views]).to(device)
             self.balancers = {name: (balancer, []) for name, (balancer, _) in find_balancers(self.model).items()}
-        self._active = False
+        self._active = self._wants_losses = False
         self._pending: list[PendingBalance] = []
         self._attention_mask: dict[str, torch.Tensor | None] = {}
         # What each router returned in this pass, by balancer and position.
         self._outputs: dict[str, dict[int, Any]] = {name: {} for name in self.balancers}
         # Hooks stay for good: adding and removing them would make a compiled model compile again in every step.
+        named = {}
         for name, (_, routers) in self.balancers.items():
             for position, router in enumerate(routers or [view.router for view in self.views]):
                 router.register_forward_hook(partial(self._after_router, name, position))
+                named[name, position] = router
+        self.activity = ActivityMeter(self.model, named)
         # A tower, or one side of an encoder-decoder model, has a mask of its own; what lies around the base model is
         # not called by every trainer.
         base = self.model.base_model
@@ -70,15 +76,18 @@ class RouterLossCollector:
             place.register_forward_hook(partial(self._after_decoder, name))
 
     @contextmanager
-    def collect(self) -> Iterator[list[PendingBalance]]:
+    def collect(self, losses: bool = True) -> Iterator[list[PendingBalance]]:
         """Collects while the block runs; the model's own `forward` then adds no router loss.
+
+        Args:
+            losses (`bool`, defaults to `True`): Else experts are counted and nothing more.
 
         Yields:
             `list[PendingBalance]`: One per decoder pass with gradients (and per balancer of the model), filled while
             the block runs. Each has begun its sum over ranks, and must be finished on every rank.
         """
         pending: list[PendingBalance] = []
-        self._pending, self._active = pending, True
+        self._pending, self._active, self._wants_losses = pending, True, losses
         vars(self.model)["adds_router_losses"] = False
         try:
             yield pending
@@ -101,12 +110,18 @@ class RouterLossCollector:
         outputs = self._outputs[name]
         if not self._active or not outputs:
             return
-        layers = [self._layer(name, position, outputs[position]) for position in sorted(outputs)]
         mask = self._attention_mask.pop(name, None)
-        if mask is not None and mask.numel() != layers[0].index.shape[0]:
+        decisions = {position: self._index(position, outputs[position]) for position in sorted(outputs)}
+        if mask is not None and mask.numel() != next(iter(decisions.values())).shape[0]:
             mask = None  # it describes something else, e.g. the text of a tower that sees images
-        self._pending.append(self.balancers[name][0].begin(layers, mask))
+        self.activity.note({(name, position): index for position, index in decisions.items()}, mask)
+        if self._wants_losses:
+            layers = [self._layer(name, position, outputs[position]) for position in decisions]
+            self._pending.append(self.balancers[name][0].begin(layers, mask))
         outputs.clear()
+
+    def _index(self, position: int, output: Any) -> torch.Tensor:
+        return self.views[position].read(output).top_k_index if self.views else output.top_k_index
 
     def _layer(self, name: str, position: int, output: Any) -> LayerRouting:
         if not self.views:

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "ExpertLoad": ".expert_load",
         "Perplexity": ".perplexity",
         "RoutingEntropy": ".routing_entropy",
+        "active_flops": "..active_compute",
         "causal_lm_metrics": ".trainer",
         "evaluation_results": ".results",
         "keep_token_losses": ".trainer",

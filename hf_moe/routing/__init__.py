@@ -8,7 +8,7 @@ _EXPORTS = {
     ".balance": ["expert_frequency", "load_balance_loss", "router_z_loss"],
     ".base": ["BaseRouter", "LinearRouter"],
     ".callbacks": ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"],
-    ".capacity": ["apply_capacity", "pack_slots"],
+    ".capacity": ["apply_capacity", "pack_slots", "trim_slots"],
     ".dense_to_sparse": ["DenseToSparseRouter"],
     ".discovery": ["find_balancers", "find_routers"],
     ".expert_choice": ["ExpertChoiceRouter"],

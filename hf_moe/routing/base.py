@@ -99,6 +99,7 @@ class BaseRouter(nn.Module):
             search = parse_permutation_search(permutation_search)
             number = config.num_experts_per_tok if search.per_tree else 1
             self.permutation = PermutationLocalSearch(self.num_experts, search, number)
+            self.variable_slots = True  # N of them while it searches
 
     @classmethod
     def validate_config(cls, config: Any, **options) -> None:

@@ -6,7 +6,7 @@ Shapes: T tokens, N experts, K per token.
 import torch
 
 
-__all__ = ["CAPACITY_POLICIES", "apply_capacity", "pack_slots"]
+__all__ = ["CAPACITY_POLICIES", "apply_capacity", "pack_slots", "trim_slots"]
 
 CAPACITY_POLICIES = ("order", "score", "random")
 
@@ -75,3 +75,36 @@ def pack_slots(
     key = torch.where(keep, top_k_weights.detach().float(), torch.full_like(top_k_weights, -torch.inf).float())
     order = torch.argsort(key, dim=-1, descending=True, stable=True)
     return top_k_index.gather(-1, order), top_k_weights.gather(-1, order)
+
+
+def trim_slots(
+    top_k_index: torch.Tensor, top_k_weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cuts off the last slots where every token's are empty: what experts gather follows the batch, not the limit.
+
+    On a GPU this waits for the device once. Compiled code and CUDA graphs keep all slots, their shapes being static.
+
+    Args:
+        top_k_index (`torch.Tensor` of shape `(T, K)`): Chosen experts; N marks an empty slot.
+        top_k_weights (`torch.Tensor` of shape `(T, K)`): Their weights.
+        num_experts (`int`): N.
+
+    Returns:
+        `top_k_index, top_k_weights` of shape `(T, K')`, K' at least 1.
+
+    Example:
+
+    ```python
+    >>> trim_slots(torch.tensor([[0, 4, 4], [1, 2, 4]]), torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]]), 4)[0]
+    tensor([[0, 4],
+            [1, 2]])
+    ```
+    """
+    slots = top_k_index.shape[-1]
+    static = torch.compiler.is_compiling() or top_k_index.device.type == "meta"
+    static = static or (top_k_index.is_cuda and torch.cuda.is_current_stream_capturing())
+    if static or slots == 1 or not top_k_index.shape[0]:
+        return top_k_index, top_k_weights
+    in_use = (top_k_index < num_experts).any(dim=0)  # (K,)
+    last = int((in_use * torch.arange(1, slots + 1, device=in_use.device)).max())
+    return top_k_index[:, : max(last, 1)], top_k_weights[:, : max(last, 1)]
