@@ -6,7 +6,17 @@ import importlib
 
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
-METHODS = ("distillation", "dpo", "evomoe", "sft", "staged-distillation", "unlearning")
+METHODS = (
+    "distillation",
+    "dpo",
+    "evomoe",
+    "mimic",
+    "preference",
+    "read_me",
+    "sft",
+    "staged-distillation",
+    "unlearning",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
