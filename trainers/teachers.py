@@ -84,7 +84,8 @@ def check_teacher(student: Any, teacher: Any, num_tokens: int | None = None) -> 
     if num_tokens is not None and min(sizes) < num_tokens:
         raise ValueError(
             f"`teacher_model`: the tokenizer knows {num_tokens} tokens, but the vocabularies of {pair} have "
-            f"{sizes[0]} and {sizes[1]}. Use a teacher with the student's tokenizer, and resize embeddings after adding tokens."
+            f"{sizes[0]} and {sizes[1]}. Use a teacher with the student's tokenizer, and resize embeddings after "
+            "adding tokens."
         )
     return min(sizes)
 
