@@ -19,6 +19,7 @@ from hf_moe.lazy import lazy_exports
 
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
+    "DenoisingCollator": ".denoising",
     "GuidanceDistillationConfig": ".guidance_distillation_config",
     "GuidanceDistillationTrainer": ".guidance_distillation_trainer",
     "EvoMoEConfig": ".evomoe_config",
@@ -40,6 +41,8 @@ _EXPORTS: dict[str, str] = {
     "MoeDPOTrainer": ".dpo_trainer",
     "MoeSFTConfig": ".sft_config",
     "MoeSFTTrainer": ".sft_trainer",
+    "MoeSeq2SeqTrainer": ".seq2seq_trainer",
+    "MoeSeq2SeqTrainingArguments": ".seq2seq_trainer",
     "MoeTrainer": ".moe_trainer",
     "MoeTrainerMixin": ".moe_mixin",
     "MoeTrainingArguments": ".moe_config",
@@ -58,11 +61,15 @@ _EXPORTS: dict[str, str] = {
     "StagedDistillationMixin": ".staged_distillation_mixin",
     "StagedDistillationTrainer": ".staged_distillation_trainer",
     "UnlearningStep": ".unlearning_losses",
+    "fill_spans": ".denoising",
     "hidden_state_discrepancy": ".distillation_losses",
     "chunked_divergence": ".chunked_divergence",
+    "interleave_tasks": ".denoising",
     "kto_pair_loss": ".preference_distillation_trainer",
+    "mask_spans": ".denoising",
     "optimizer_groups": ".parameter_groups",
     "parameter_roles": ".parameter_groups",
+    "temperature_sampling": ".denoising",
     "train_only_experts": ".mote_trainer",
     "pill_learning_rate": ".pill_schedule",
     "pill_schedule": ".pill_schedule",
