@@ -11,6 +11,7 @@ METHODS = (
     "dpo",
     "evomoe",
     "mimic",
+    "multitask",
     "preference",
     "read_me",
     "sft",
