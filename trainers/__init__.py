@@ -75,6 +75,7 @@ _EXPORTS: dict[str, str] = {
     "pill_schedule": ".pill_schedule",
     "train_evomoe": ".evomoe",
     "prediction_discrepancy": ".distillation_losses",
+    "evaluate_at_k": ".slimming",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils import logging
 
+from hf_moe.active_compute import active_compute
 from hf_moe.metrics.summary import marginal_entropy
 from hf_moe.routing.statistics import RouterStats
 from hf_moe.views import MoeLayerView, moe_layers, unwrap_model
@@ -86,7 +87,11 @@ def routing_report(
             bar.update(int(batch.token_mask.sum()))
 
         route(inner, token_batches(windows, batch_size, tokenizer.pad_token_id), take)
-    return collector.report(tokenizer, examples_per_expert, model_name or model_title(inner), token_classes)
+    report = collector.report(tokenizer, examples_per_expert, model_name or model_title(inner), token_classes)
+    compute = active_compute(inner)
+    report.flops_per_token = compute.flops([layer.active_computing_experts for layer in report.layers])
+    report.flops_share = report.flops_per_token / max(compute.flops(compute.num_experts), 1.0)
+    return report
 
 
 class Collector:

@@ -37,6 +37,7 @@ def render_markdown(report: "RoutingReport", plots: Mapping[str, str]) -> str:
         f"({metrics['marginal_entropy']:.3f} for the mean distribution), balance violation "
         f"{metrics['max_violation']:.2f}, {metrics['dead_share']:.1%} of the experts dead.",
         *_zero_computation(report),
+        *_cost(report),
         "## Layers",
         markdown_table(report.table()),
         "*Max violation*: load of the busiest expert over the mean load, minus 1; 0 is even. *Entropy*: of the "
@@ -50,6 +51,15 @@ def render_markdown(report: "RoutingReport", plots: Mapping[str, str]) -> str:
         parts.append(f"![{caption}]({name})\n\n{caption}")
     parts += _examples(report)
     return "\n\n".join(parts) + "\n"
+
+
+def _cost(report: "RoutingReport") -> list[str]:
+    if report.flops_per_token is None or report.flops_share is None:
+        return []
+    return [
+        f"A token's forward pass takes {report.flops_per_token / 1e6:,.1f} million floating-point operations, "
+        f"{report.flops_share:.1%} of what all experts would (products with weights; attention's own are left out)."
+    ]
 
 
 def render_shift(report: "ShiftReport") -> str:

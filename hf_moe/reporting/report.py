@@ -103,6 +103,9 @@ class RoutingReport:
         layers (`list[LayerReport]`): One per MoE layer.
         token_classes (`dict[str, int]`): Class to its number of tokens.
         positions (`dict[str, int]`): Bin of positions to its number of tokens.
+        flops_per_token (`float`, *optional*): Floating-point operations of a token's forward pass, experts counted
+            that it was sent to; see [`~hf_moe.active_compute.ActiveCompute`] for what is counted.
+        flops_share (`float`, *optional*): Their share of what all experts would cost.
 
     Example:
         ```python
@@ -117,6 +120,8 @@ class RoutingReport:
     layers: list[LayerReport]
     token_classes: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    flops_per_token: float | None = None
+    flops_share: float | None = None
 
     def class_shift(self, layer: LayerReport) -> float:
         """How much the class of a token says about its expert: share of the assignments that would have to move for

@@ -41,6 +41,7 @@ _EXPORTS = {
         "parse_schedules",
     ],
     ".selection_bias": ["update_selection_bias"],
+    ".slimming": ["num_experts_per_tok", "set_num_experts_per_tok"],
     ".statistics": ["RouterStats", "RoutingSummary"],
     ".steps": ["BalanceSteps"],
     ".top_p": ["TopPRouter"],

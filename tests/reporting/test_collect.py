@@ -47,6 +47,9 @@ def test_report_equals_routing_of_each_text_alone(model, tiny_tokenizer):
         assert layer.marginal_entropy == pytest.approx(torch.special.entr(p.mean(0)).sum().item(), rel=1e-5)
         assert [layer.coactivation[i][i] for i in range(8)] == layer.counts
         assert layer.active_experts == layer.active_computing_experts == 2
+    compute = hf_moe.active_compute(model)
+    assert report.flops_per_token == compute.flops(2)
+    assert report.flops_share == pytest.approx(compute.flops(2) / compute.flops(8)) and 0 < report.flops_share < 1
 
 
 def test_batches_and_padding_do_not_change_the_report(model, tiny_tokenizer):
@@ -113,7 +116,9 @@ def test_own_backbone_and_peft_wrapper_report_alike(tiny_tokenizer):
     wrapped = peft.PeftModel(model, peft.LoraConfig(target_modules=["q_proj"]))
     after = routing_report(wrapped, tiny_tokenizer, TEXTS)
     assert [layer.name for layer in before.layers] == ["model.layers.1.mlp"]
-    assert after.to_dict() == before.to_dict()
+    assert after.flops_per_token > before.flops_per_token  # the adapter's own products
+    cost = {"flops_per_token": None, "flops_share": None}
+    assert {**after.to_dict(), **cost} == {**before.to_dict(), **cost}
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
