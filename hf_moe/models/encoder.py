@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.pytorch_utils import apply_chunking_to_forward
 from transformers.utils import can_return_tuple
 
 from hf_moe.layers import MoeBlock
@@ -63,7 +64,10 @@ class MoeEncoderLayerMixin(MoeDecoderLayerMixin):
         hidden_states, router_state = self.unpack(hidden_states)
         hidden_states, _ = self.attention(hidden_states, attention_mask, **kwargs)
         if not self.is_sparse:
-            return self.pack(self.feed_forward_chunk(hidden_states), router_state)
+            hidden_states = apply_chunking_to_forward(
+                self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, hidden_states
+            )
+            return self.pack(hidden_states, router_state)
         mixed, router_state = self.feed_forward(hidden_states, routing_context, router_state)
         return self.pack(self.output(mixed, hidden_states), router_state)
 

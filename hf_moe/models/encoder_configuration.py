@@ -9,8 +9,10 @@ __all__ = ["MoeEncoderConfigMixin"]
 class MoeEncoderConfigMixin(MoeConfigMixin):
     """[`MoeConfigMixin`] for BERT and its relatives: two-matrix experts with biases, and no decoder.
 
+    Note: `chunk_size_feed_forward` cuts the dense layers' feed-forwards alone; a router sees all tokens at once.
+
     Raises:
-        ValueError: `is_decoder`, `add_cross_attention` or a `chunk_size_feed_forward` other than 0.
+        ValueError: `is_decoder` or `add_cross_attention`.
     """
 
     moe_block_path = "encoder.layer.*.mlp"
@@ -28,9 +30,4 @@ class MoeEncoderConfigMixin(MoeConfigMixin):
                     f"`{name}` must be False, got {getattr(self, name)}: `{self.model_type}` is an encoder. Use a "
                     "decoder such as `moe_gpt2` or `moe_llama`."
                 )
-        if self.chunk_size_feed_forward:
-            raise ValueError(
-                f"`chunk_size_feed_forward` must be 0, got {self.chunk_size_feed_forward}: a router sees all tokens "
-                "of a batch at once."
-            )
         super().validate_architecture()

@@ -70,8 +70,11 @@ class _EncoderHeadMixin(RouterLossesMixin):
 
     def post_init(self) -> None:
         # The dense `__init__` ends with `post_init`: the last moment before weights are initialised.
-        pooled = self.base_model.pooler is not None
-        setattr(self, self.base_model_prefix, self.base_class(self.config, add_pooling_layer=pooled))
+        dense = self.base_model
+        if dense.is_activation_checkpointing:  # it has taken this old field out of the config
+            self.config.gradient_checkpointing = True
+        moe = self.base_class(self.config, add_pooling_layer=dense.pooler is not None)
+        setattr(self, self.base_model_prefix, moe)
         super().post_init()
 
     def encode(

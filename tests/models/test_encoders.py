@@ -143,6 +143,15 @@ def test_attentions_are_recorded_under_eager_attention(model_type):
 
 
 @every_type
+def test_chunks_of_the_dense_layers_change_nothing(model_type):
+    model, inputs = make(model_type, num_hidden_layers=3, moe_layers=[1]), make_inputs(padding="right")
+    expected = model(**inputs).logits
+    for layer in model.base_model.encoder.layer:
+        layer.chunk_size_feed_forward = 2
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@every_type
 @pytest.mark.parametrize(("moe_layers", "expected"), [("all", [0, 1, 2]), ("every:2", [1]), ([0, 2], [0, 2])], ids=str)
 def test_moe_layers_are_those_of_the_config(model_type, moe_layers, expected):
     model = make(model_type, num_hidden_layers=3, moe_layers=moe_layers)
@@ -424,7 +433,6 @@ def test_lora_on_attention_and_experts_trains_and_merges():
     [
         ({"is_decoder": True}, "`is_decoder` must be False, got True: `moe_.*` is an encoder. Use a decoder such as"),
         ({"add_cross_attention": True}, "`add_cross_attention` must be False"),
-        ({"chunk_size_feed_forward": 2}, "`chunk_size_feed_forward` must be 0, got 2"),
         ({"num_experts_per_tok": 9}, "`num_experts_per_tok` must be between 1 and"),
         ({"router_type": "softmax_tpok"}, "Did you mean 'softmax_topk'"),
     ],
