@@ -154,7 +154,7 @@ def push_to_hub(
     Args:
         model (`PreTrainedModel`): What to push.
         repo_id (`str`): `"name"` or `"namespace/name"`; created if it does not exist.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Pushed with the model.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): Pushed with the model.
         code (`str`, *optional*, defaults to `"shim"`): `"shim"`, or `None` for no code.
         card (`ModelCard`, *optional*): The repository's README. By default the one that is there stays; a repository
             without one gets [`~hf_moe.model_cards.create_model_card`]'s.
@@ -226,7 +226,8 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
 
     Args:
         model (`PreTrainedModel`): The model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer; nothing is checked without one.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Its tokenizer, or its processor, which has one; nothing is
+            checked without it.
 
     Raises:
         ValueError: The tokenizer has more entries than the embedding has rows.
@@ -240,6 +241,7 @@ def check_tokenizer(model: "PreTrainedModel", tokenizer: Any) -> None:
         return
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if len(tokenizer) > rows:
         raise ValueError(
             f"`tokenizer` has {len(tokenizer)} entries but the model has embeddings for {rows}: they do not belong "

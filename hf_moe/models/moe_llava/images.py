@@ -65,6 +65,7 @@ def check_image_tokens(
         each = f"{wanted[0]} each" if len(set(wanted)) == 1 else f"{wanted}"
         raise ValueError(
             f"`input_ids` has {found} image tokens (id {config.image_token_index}), but {len(wanted)} images need "
-            f"{sum(wanted)} ({each}). Write one image token per image into the text, and let the processor expand it: "
-            "its `patch_size`, `num_additional_image_tokens` and `vision_feature_select_strategy` must be the model's."
+            f"{sum(wanted)} ({each}). Write one image token per image into the text and let the processor expand it: "
+            "its image token, `patch_size`, `num_additional_image_tokens` and `vision_feature_select_strategy` must "
+            "be the model's."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
     LlavaModel,
@@ -58,6 +59,14 @@ class MoeLlavaPreTrainedModel(MoePreTrainedMixin, LlavaPreTrainedModel):
 
 class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
     """Vision tower, projector and MoE language model, without a head."""
+
+    def __init__(self, config: MoeLlavaConfig):
+        vision: Any = config.vision_config
+        tower: Any = MODEL_MAPPING[type(vision)]
+        if not tower._can_set_experts_implementation():
+            # What was asked for the experts was handed to every part, and a tower without any refuses it.
+            vision._experts_implementation = None
+        super().__init__(config)
 
     @can_return_tuple
     def forward(
