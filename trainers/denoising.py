@@ -157,7 +157,7 @@ class DenoisingCollator:
         self.sentinels = list(sentinels) if sentinels is not None else _sentinels(tokenizer)
         if not self.sentinels:
             raise ValueError(
-                "`tokenizer` has no sentinels `<extra_id_0>`, ...: add them with `tokenizer.add_tokens` and resize the "
+                "`tokenizer` has no sentinels `<extra_id_0>`, ...: add them with `tokenizer.add_tokens` resize the "
                 "model's embeddings, or pass `sentinels`."
             )
         self.language_tags = None if language_tags is None else dict(language_tags)
@@ -196,7 +196,9 @@ class DenoisingCollator:
         if self.language_tags is None:
             return []
         if language not in self.language_tags:
-            raise ValueError(f"a row is in the language {language!r}; `language_tags` has {sorted(self.language_tags)}.")
+            raise ValueError(
+                f"a row is in the language {language!r}; `language_tags` has {sorted(self.language_tags)}."
+            )
         return [self.language_tags[language]]
 
     def _room(self, used: int) -> int | None:

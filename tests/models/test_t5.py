@@ -240,6 +240,12 @@ def test_cached_beams_are_those_without_a_cache(form, beams):
     assert torch.equal(alone[0], cached[0])  # padding and neighbours do not matter
 
 
+def test_beams_are_searched_also_where_routing_is_recorded():
+    model, inputs = make_model(output_router_logits=True), make_inputs(2)
+    inputs.pop("labels")
+    assert model.generate(**inputs, num_beams=3, max_new_tokens=3).shape[0] == 2
+
+
 def test_a_decoder_fed_step_by_step_gives_the_logits_of_one_pass():
     model, inputs = make_model(), make_inputs()
     ids = model._shift_right(inputs.pop("labels"))

@@ -174,7 +174,9 @@ class MoeT5ForConditionalGeneration(_StacksMixin, RouterLossesMixin, MoeT5PreTra
         """
         kwargs["output_router_logits"] = self.wants_routing(output_router_logits)
         encoded = self.encode(encoder_outputs, input_ids, attention_mask, inputs_embeds, **kwargs)
-        pending = [self._begin(self.encoder, encoded, input_ids, attention_mask, inputs_embeds)]
+        # While text is generated, the encoder ran long ago, and may have run for fewer rows than there are beams.
+        counts = encoder_outputs is None or labels is not None
+        pending = [self._begin(self.encoder, encoded, attention_mask) if counts else None]
         if labels is not None:
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(labels)
@@ -190,8 +192,7 @@ class MoeT5ForConditionalGeneration(_StacksMixin, RouterLossesMixin, MoeT5PreTra
             use_cache=use_cache,
             **kwargs,
         )
-        inputs = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
-        pending.append(self._begin(self.decoder, decoded, *inputs))
+        pending.append(self._begin(self.decoder, decoded, decoder_attention_mask))
         hidden_states = decoded.last_hidden_state
         if self.config.scale_decoder_outputs:
             hidden_states = hidden_states * self.model_dim**-0.5
@@ -219,11 +220,13 @@ class MoeT5ForConditionalGeneration(_StacksMixin, RouterLossesMixin, MoeT5PreTra
             **self.common_fields(encoded, decoded),
         )
 
-    def _begin(self, stack: MoeT5Stack, outputs: Any, *inputs: torch.Tensor | None) -> Any:
+    def _begin(self, stack: MoeT5Stack, outputs: Any, attention_mask: torch.Tensor | None) -> Any:
         if not outputs.get("router_logits") or not self.adds_router_losses:
             return None
         recorded = (outputs.router_logits, outputs.router_indices, outputs.router_penalties)
-        return self.begin_balance_of(stack, recorded, stack.routing_context(*inputs).token_mask)
+        # Of the inputs only the shape is asked for, which hidden states have too.
+        context = stack.routing_context(None, attention_mask, outputs.last_hidden_state)
+        return self.begin_balance_of(stack, recorded, context.token_mask)
 
 
 class MoeT5EncoderModel(MoeT5PreTrainedModel, T5EncoderModel):
