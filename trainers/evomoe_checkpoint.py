@@ -42,6 +42,7 @@ def write_expanded(model_class: type[PreTrainedModel], source: str, destination:
         rate=args.diversify_rate,
         sigma=args.diversify_sigma,
         seed=args.seed,
+        router=args.gate_start,
         **args.router_fields(),
     )
     with new_folder(destination) as partial:

@@ -39,6 +39,8 @@ class EvoMoEArguments(_Arguments):
         diversify_rate (`float`, defaults to 0.1): Share of weights `"mask"` draws anew.
         diversify_sigma (`float`, defaults to 0.01): Spread of `"noise"`, relative to that of a matrix.
         optimizer_moments (`str`, defaults to `"copy"`): `"copy"`: every copy gets its expert's moments; `"reset"`.
+        gate_start (`str`, defaults to `"zeros"`): How routers of phase 2 start: `"zeros"`, or `"fresh"`: with first
+            values of their own.
         gate_threshold (`float`, defaults to 0.001): Share of the Gumbel softmax from which on an expert is active.
         gate_weights (`str`, defaults to `"softmax"`): `"softmax"`, or `"gumbel"`: weights are those shares themselves.
         gate_selection (`str`, defaults to `"token"`): `"token"` or `"batch"`, see [`DenseToSparseRouter`].
@@ -62,6 +64,7 @@ class EvoMoEArguments(_Arguments):
     diversify_rate: float = field(default=0.1, metadata={"help": "Share of weights that mask draws anew."})
     diversify_sigma: float = field(default=0.01, metadata={"help": "Spread of noise, relative to a matrix's."})
     optimizer_moments: str = field(default="copy", metadata={"help": "Moments of expanded experts: copy or reset."})
+    gate_start: str = field(default="zeros", metadata={"help": "How routers of phase 2 start: zeros or fresh."})
     gate_threshold: float = field(default=0.001, metadata={"help": "Share from which on an expert is active."})
     gate_weights: str = field(default="softmax", metadata={"help": "Weights of active experts: softmax or gumbel."})
     gate_selection: str = field(default="token", metadata={"help": "Number of active experts by token or batch."})
@@ -98,12 +101,13 @@ class EvoMoEArguments(_Arguments):
             raise ValueError(f"`hard_after` must not be negative, got {self.hard_after}.")
         if not 0 < self.temperature_steps:
             raise ValueError(f"`temperature_steps` must be above 0, got {self.temperature_steps}.")
-        if self.optimizer_moments not in ("copy", "reset"):
-            raise ValueError(f"`optimizer_moments` must be 'copy' or 'reset', got {self.optimizer_moments!r}.")
+        for name, allowed in (("optimizer_moments", ("copy", "reset")), ("gate_start", ("zeros", "fresh"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {list(allowed)}, got {getattr(self, name)!r}.")
         if self.save_only_model:
             raise ValueError("`save_only_model` must stay False: phase 2 goes on with the optimizer of phase 1.")
         Diversify(self.diversify, self.diversify_rate, self.diversify_sigma)
-        parse_schedules(self.router_fields()["router_config"]["schedules"])
+        parse_schedules(self.router_fields()["router_config"].get("schedules") or {})
 
     @property
     def phase_one_steps(self) -> int:

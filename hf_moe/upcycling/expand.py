@@ -20,7 +20,7 @@ __all__ = ["expand_experts", "expand_optimizer_state"]
 
 logger = logging.get_logger(__name__)
 
-ROUTERS = ("zeros", "repeat")
+ROUTERS = ("zeros", "repeat", "fresh")
 MOMENTS = ("copy", "reset")
 
 
@@ -49,7 +49,7 @@ def expand_experts(
         rate (`float`, defaults to 0.1): Share of entries that `"mask"` draws anew from N(0, initializer_range^2).
         sigma (`float`, defaults to 0.01): Spread of `"noise"`, relative to that of a matrix.
         seed (`int`, defaults to 0): Seed of everything random.
-        router (`str`, defaults to `"zeros"`): `"zeros"` or `"repeat"`.
+        router (`str`, defaults to `"zeros"`): `"zeros"`, `"repeat"`, or `"fresh"`: the router's own first values.
         **config_overrides: Further fields of the new config: `router_type`, `router_config`, `num_experts_per_tok`.
 
     Returns:
@@ -86,7 +86,7 @@ def expand_experts(
         return torch.stack([builder.changed(matrix, generator) for matrix in copies])
 
     def route(view: Any, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        if name not in view.router._parameters:
+        if router == "fresh" or name not in view.router._parameters:
             return None  # selection biases and the like begin anew
         rows, idle = tensor.split([view.num_computing_experts, len(tensor) - view.num_computing_experts])
         repeated = rows.repeat_interleave(num_experts // len(rows), dim=0)

@@ -85,6 +85,12 @@ def test_zeros_in_a_router_without_noise_are_warned_of(said):
     assert "Routers that start at zero send every token to the same experts" in said[0]
 
 
+def test_a_fresh_router_starts_as_a_new_one_of_its_type():
+    expanded = expand_experts(one_expert(initializer_range=0.2), 64, router="fresh", router_type="top_p")
+    weight = torch.cat([view.router.weight for view in moe_layers(expanded)])
+    assert weight.std().item() == pytest.approx(0.2, rel=0.1)
+
+
 def test_masks_redraw_their_share_from_the_initial_distribution():
     model = one_expert(intermediate_size=256, hidden_size=64, initializer_range=0.5)
     expanded = expand_experts(model, 3, diversify="mask", rate=0.1, **GUMBEL)
