@@ -137,6 +137,12 @@ def _unlearning() -> list[Entry]:
     return [_entry("ExpertUnlearningTrainer", ExpertUnlearningTrainer)]
 
 
+def _statistics() -> list[Entry]:
+    from hf_moe.statistics import SoftmaxGaussianMoE
+
+    return [_entry("SoftmaxGaussianMoE", SoftmaxGaussianMoE)]
+
+
 def _exported(package: str) -> list[Entry]:
     module = importlib.import_module(package)
     return [_entry(name, getattr(module, name)) for name in module.__all__ if name not in BASE_CLASSES]
@@ -170,4 +176,5 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "adapters": _adapters,
     "decoding": _decoding,
     "unlearning": _unlearning,
+    "statistics": _statistics,
 }

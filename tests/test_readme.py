@@ -34,6 +34,7 @@ def row(start):
         ("adapters", "adapters"),
         ("decoding", "decoding"),
         ("unlearning", "unlearning"),
+        ("statistics", "statistics"),
     ],
 )
 def test_the_table_names_exactly_what_is_registered(start, kind):

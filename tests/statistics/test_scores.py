@@ -29,8 +29,8 @@ def test_scores_are_the_derivatives(gate):
             torch.testing.assert_close(scores[name][row], gradient)
 
 
-# One for beta0 and one for the temperature of homogeneous scores; one for beta1 of linear ones, which may all be shifted,
-# or for the last beta1 of others, as it is zero, where their derivative vanishes.
+# One for beta0 and one for the temperature of homogeneous scores; one for beta1 of linear ones, which may all be
+# shifted, or for the last beta1 of others, as it is zero, where their derivative vanishes.
 @pytest.mark.parametrize(("activation", "nullity"), [("linear", 3), ("relu", 3), ("square", 3), ("tanh", 1)])
 def test_the_information_lacks_what_the_density_does_not_determine(activation, nullity):
     gate = {"gate": "activation", "activation": activation, **FREE}
