@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.tiny_training import build, expert_lora, tiny_moe, token_rows
+from common.tiny_training import SIZES, arguments, build, expert_lora, tiny_moe, token_rows
+from hf_moe.trainers import MoEDistillationConfig, MoEDistillationTrainer
 from hf_moe.views import unwrap_model
 
 
@@ -24,6 +26,12 @@ CASES = {
     ),
     "sft-running": ("sft", "moe_plus_plus", False, {"balance_mode": "running"}),
     "sft-lagged-lora": ("sft", "moe_llama", True, {"balance_mode": "lagged", "activation_checkpointing": True}),
+    "distillation-running": (
+        "distillation",
+        "moe_llama",
+        False,
+        {"balance_mode": "running", "distillation_weight": 3.0, "prediction_weight": 0.5},
+    ),
     "dpo-lagged-lora": ("dpo", "moe_llama", True, {"balance_mode": "lagged"}),
 }
 
@@ -52,20 +60,23 @@ def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Ten
         # Means over ranks of means are the mean where every row has as many labels.
         data = token_rows(20, pad=False)
     torch.manual_seed(0)
-    trainer = build(
-        kind,
-        folder,
-        model,
-        data=data,
-        lora=adapter,
-        watch=False,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=2,
-        max_steps=3,
-        optim="sgd",
-        learning_rate=0.1,
+    options = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.1,
         **options,
-    )
+    }
+    if kind == "distillation":
+        sizes = {name: value for name, value in SIZES.items() if name in LlamaConfig().to_dict()}
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            teacher = LlamaForCausalLM(LlamaConfig(**sizes))
+        args = arguments(MoEDistillationConfig, folder, **options)
+        trainer = MoEDistillationTrainer(model, args, teacher_model=teacher, train_dataset=token_rows(data))
+    else:
+        trainer = build(kind, folder, model, data=data, lora=adapter, watch=False, **options)
     trainer.train()
     model = unwrap_model(trainer.model)
     state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
