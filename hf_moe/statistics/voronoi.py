@@ -10,7 +10,7 @@ from .parameters import GaussianMoEParameters
 
 __all__ = ["align_gate", "match_components", "voronoi_cells", "voronoi_loss"]
 
-#: r-bar of a cell by the number of fitted experts in it, where it is known (2305.03288, Lemma 1).
+#: r-bar of a cell by the number of fitted experts in it, where it is known (2305.03288).
 ORDERS = {2: 4, 3: 6}
 
 
