@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, L
 
 from hf_moe import grow_model, upcycle
 from hf_moe.cli import main
+from hf_moe.routing.balance import router_z_loss
 from hf_moe.upcycling.growth import grow, growable_families
 
 
@@ -208,6 +209,11 @@ def test_growing_then_upcycling_is_growing():
     moe, report = upcycle(grown, num_experts=4, top_k=2)
     assert report.predicted_exact and moe.config.model_type == "mixtral"
     assert grown_gap(grown, moe) < 1e-5 and grown_gap(model, moe) < 2e-5
+
+
+def test_the_z_loss_of_scaling_out_is_the_mean_squared_logsumexp():
+    logits = torch.tensor([[2.0, 0.0, -1.0]])
+    assert router_z_loss(logits).item() == pytest.approx(4.7082, abs=5e-5)  # the squared maximum would be 4
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])

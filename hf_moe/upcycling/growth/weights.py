@@ -57,10 +57,8 @@ def grown_weights(
         weight = read(origin)
         if weight.ndim == 2:
             flipped = is_input_first(model, origin)
-            matrices = (m.t() if flipped and m is not None else m for m in (weight, following))
-            value, rest = matrices
-            value = widener.matrix(value, axes, rest)
-            value = value.t() if flipped else value
+            other = None if following is None else _oriented(following, flipped)
+            value = _oriented(widener.matrix(_oriented(weight, flipped), axes, other), flipped)
         else:
             is_bias = name.endswith(".bias") and axes.inputs is not None
             value = widener.vector(weight, axes, following if is_bias else None)
@@ -71,6 +69,11 @@ def grown_weights(
         # Never the small model's own memory.
         grown[name] = value.to(source[origin].dtype, copy=True).contiguous()
     return grown
+
+
+def _oriented(matrix: torch.Tensor, flipped: bool) -> torch.Tensor:
+    """`(outputs, inputs)` of a matrix stored the other way, and back."""
+    return matrix.t() if flipped else matrix
 
 
 def _read(source: dict[str, nn.Parameter], name: str, axes: Axes, growth: Growth) -> torch.Tensor:

@@ -11,6 +11,8 @@ from .unit_maps import UnitMap
 __all__ = ["WIDTHS", "Widener"]
 
 WIDTHS = ("fpi_uneven", "fpi", "aki")
+# Shares are drawn for so many rows at a time: those of a whole head would take more memory than the head.
+ROWS = 4096
 
 
 @dataclass
@@ -86,8 +88,10 @@ class Widener:
     def _columns(self, weight: torch.Tensor, columns: UnitMap) -> torch.Tensor:
         if columns.is_identity:
             return weight
-        if self.width == "fpi_uneven":
-            shares = columns.uneven_shares(len(weight), self.generator)
-        else:
-            shares = columns.shares()
-        return weight[:, columns.index] * shares
+        if self.width != "fpi_uneven":
+            return weight[:, columns.index] * columns.shares()
+        wide = weight.new_empty(len(weight), len(columns.index))
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS, columns.index]
+            wide[start : start + ROWS] = rows * columns.uneven_shares(len(rows), self.generator)
+        return wide
