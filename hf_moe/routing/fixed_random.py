@@ -68,6 +68,12 @@ class FixedRandomRouter(VariableRouter):
         schedule = parse_schedules(options.get("schedules") or {}).get("k")
         if schedule is not None and schedule.lowest() < 1:
             raise ValueError(f"the schedule of `k` reaches {schedule.lowest()}, but must stay at least 1.")
+        slots = config.num_routing_targets if most is None else most
+        if schedule is not None and schedule.highest() > slots:
+            raise ValueError(
+                f"the schedule of `k` reaches {schedule.highest():g}, but a token may get {slots} experts at most. "
+                "End it there, or raise `num_experts` or `router_config['max_experts']`."
+            )
 
     def compute_logits(self, hidden_states: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())  # (T, N)

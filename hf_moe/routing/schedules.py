@@ -52,6 +52,10 @@ class Schedule(ABC):
     def lowest(self) -> float:
         """The smallest value this schedule ever takes."""
 
+    @abstractmethod
+    def highest(self) -> float:
+        """The largest value this schedule ever takes."""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able description; [`schedule_from_dict`] reads it."""
         return {"type": self.type, **asdict(self)}
@@ -81,6 +85,9 @@ class ConstantSchedule(Schedule):
     def lowest(self) -> float:
         return float(self.constant)
 
+    def highest(self) -> float:
+        return float(self.constant)
+
 
 @dataclass(frozen=True)
 class _Ramp(Schedule):
@@ -106,6 +113,9 @@ class _Ramp(Schedule):
 
     def lowest(self) -> float:
         return float(min(self.start, self.end))
+
+    def highest(self) -> float:
+        return float(max(self.start, self.end))
 
     def _between(self, done: float) -> float:
         raise TypeError(f"{type(self).__name__} must define `_between`.")
@@ -249,6 +259,9 @@ class MultiStepSchedule(Schedule):
     def lowest(self) -> float:
         return float(min(self.values))
 
+    def highest(self) -> float:
+        return float(max(self.values))
+
     def to_dict(self) -> dict[str, Any]:
         return {"type": self.type, "values": list(self.values), "num_steps": self.num_steps}
 
@@ -308,6 +321,9 @@ class StepSchedule(Schedule):
     def lowest(self) -> float:
         return float(min(self.before, self.after))
 
+    def highest(self) -> float:
+        return float(max(self.before, self.after))
+
 
 @dataclass(frozen=True)
 class SequenceSchedule(Schedule):
@@ -352,6 +368,9 @@ class SequenceSchedule(Schedule):
 
     def lowest(self) -> float:
         return min(schedule.lowest() for schedule in self.schedules)
+
+    def highest(self) -> float:
+        return max(schedule.highest() for schedule in self.schedules)
 
     def to_dict(self) -> dict[str, Any]:
         schedules = [schedule.to_dict() for schedule in self.schedules]

@@ -59,6 +59,8 @@ class TopPRouter(VariableLinearRouter):
         schedule = parse_schedules(options.get("schedules") or {}).get("p")
         if schedule is not None and not schedule.lowest() > 0:
             raise ValueError(f"the schedule of `p` reaches {schedule.lowest()}, but must stay above 0.")
+        if schedule is not None and schedule.highest() > 1:
+            raise ValueError(f"the schedule of `p` reaches {schedule.highest()}, but must stay at most 1.")
         coefficient = options.get("entropy_coef", 1e-4)
         if not 0 <= coefficient < float("inf"):
             raise ValueError(f"`router_config['entropy_coef']` must be at least 0 and finite, got {coefficient}.")

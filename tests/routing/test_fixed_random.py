@@ -157,6 +157,11 @@ def test_cut_experts_with_a_router_of_zeros_are_the_dense_feed_forward():
             "schedule of `k` reaches 0.0",
         ),
         (
+            {"schedules": {"k": {"type": "multi_step", "values": [1, 4, 16], "num_steps": 9}}},
+            "schedule of `k` reaches 16, but a token may get 8 experts at most. End",
+        ),
+        ({"max_experts": 4, "schedules": {"k": 5}}, "reaches 5, but a token may get 4 experts at most"),
+        (
             {"schedules": {"k": {"type": "linear", "start": 2, "end": 8, "num_steps": float("inf")}}},
             "the schedule of `k`: `num_steps` must be a whole number of steps",
         ),

@@ -43,7 +43,7 @@ def test_ramps_hit_both_ends_exactly_and_stay_there(cls):
     assert [ramp.value(step) for step in (9, 10, 10**6)] == [0.1] * 3
     values = [ramp.value(step) for step in range(2, 10)]
     assert values == sorted(values, reverse=True) and len(set(values)) == 8
-    assert ramp.lowest() == 0.1
+    assert (ramp.lowest(), ramp.highest()) == (0.1, 3.0)
 
 
 def test_middle_of_each_ramp():
@@ -100,6 +100,12 @@ def test_step_is_thrown_at_its_step():
 def test_sequence_members_count_their_own_steps():
     sequence = SequenceSchedule((StepSchedule(at=1), LinearSchedule(5.0, 3.0, num_steps=2), 7), num_steps=(2, 3))
     assert [sequence.value(step) for step in range(7)] == [0.0, 1.0, 5.0, 4.0, 3.0, 7.0, 7.0]
+
+
+def test_every_schedule_knows_its_bounds():
+    for schedule in ALL:
+        values = [schedule.value(step, max_steps=40) for step in (*range(41), 10**6)]
+        assert min(values) == schedule.lowest() and max(values) == schedule.highest(), schedule
 
 
 def test_fractions_are_of_the_whole_run():

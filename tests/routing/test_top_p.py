@@ -177,6 +177,11 @@ def test_evaluation_has_no_penalty(generator):
         ({"p": 1.1}, r"\['p'\]` must be above 0 and at most 1, got 1.1"),
         ({"p": -0.4}, r"\['p'\]` must be above 0"),
         ({"schedules": {"p": {"type": "linear", "start": 0.4, "end": 0.0, "num_steps": 5}}}, "reaches 0.0"),
+        (
+            {"schedules": {"p": {"type": "step", "at": 5, "before": 0.4, "after": 1.5}}},
+            "reaches 1.5, but .* at most 1",
+        ),
+        ({"schedules": {"p": {"type": "linear", "start": 0.4, "end": 0.5, "num_steps": float("inf")}}}, "got inf"),
         ({"entropy_coef": -1.0}, r"\['entropy_coef'\]` must be at least 0 and finite, got -1.0"),
         ({"max_experts": 0}, r"\['max_experts'\]` must be between 1"),
     ],
