@@ -26,6 +26,10 @@ _BACKBONES = {
 }  # fmt: skip
 _HEADS = ("Config", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "Model", "PreTrainedModel")
 _VLM_HEADS = ("Config", "ForConditionalGeneration", "Model", "PreTrainedModel")
+_CLIP_NAMES = (
+    *("Config", "ForImageClassification", "Model", "PreTrainedModel"),
+    *(f"{tower}{name}" for tower in ("Text", "Vision") for name in ("Config", "Model", "ModelWithProjection")),
+)
 _ENCODERS = {"Bert": "bert", "Roberta": "roberta"}
 _T5_HEADS = ("Config", "EncoderModel", "ForConditionalGeneration", "Model", "PreTrainedModel")
 _ENCODER_HEADS = ("ForMaskedLM", "ForQuestionAnswering", *(head for head in _HEADS if head != "ForCausalLM"))
@@ -36,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _BACKBONES.items() for head in _HEADS},
         **{f"Moe{name}{head}": f".models.{folder}" for name, folder in _ENCODERS.items() for head in _ENCODER_HEADS},
         **{f"DynamicMoe{head}": ".models.dynamic_moe" for head in _HEADS},
+        **{f"MoeClip{name}": ".models.clip" for name in _CLIP_NAMES},
         **{f"MoeLlava{head}": ".models.moe_llava" for head in _VLM_HEADS},
         **{f"MoePlusPlus{head}": ".models.moe_plus_plus" for head in _HEADS},
         **{f"PrMoe{head}": ".models.pr_moe" for head in _HEADS},
@@ -81,6 +86,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "supported_families": ".view_listing",
         "trainers": ".trainers",
         "upcycle": ".upcycling",
+        "upcycle_clip": ".upcycling",
         "upcycle_checkpoint": ".upcycling",
         "upcycle_llava": ".upcycling",
         "upcycle_mote": ".upcycling",

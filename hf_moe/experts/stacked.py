@@ -40,6 +40,8 @@ class StackedExperts(nn.Module):
         self.intermediate_dim = config.moe_intermediate_size
         self.initializer_range = config.initializer_range
         self.act_fn = ACT2FN[config.expert_activation]
+        if getattr(config, "expert_dropout", 0.0):
+            self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(config.expert_dropout))
         up_width = (2 if self.gated else 1) * self.intermediate_dim
         up_name = "gate_up_proj" if self.gated else "up_proj"
         self.register_parameter(up_name, self._parameter(up_width, self.hidden_dim))

@@ -10,6 +10,9 @@ from hf_moe.registration import announce_config
 MODEL_TYPES = {
     "dynamic_moe": ("dynamic_moe", "DynamicMoeConfig"),
     "moe_bert": ("bert", "MoeBertConfig"),
+    "moe_clip": ("clip", "MoeClipConfig"),
+    "moe_clip_text_model": ("clip", "MoeClipTextConfig"),
+    "moe_clip_vision_model": ("clip", "MoeClipVisionConfig"),
     "moe_gpt2": ("gpt2", "MoeGPT2Config"),
     "moe_llama": ("llama", "MoeLlamaConfig"),
     "moe_llava": ("moe_llava", "MoeLlavaConfig"),

@@ -257,7 +257,8 @@ class MoeModelMixin:
         layers: Any = self.get_submodule(self.layers_attribute)
         for index in range(len(layers)):
             layers[index] = self.moe_layer_class(self.config, index)
-        self.load_balancer = LoadBalancer.from_config(self.config)
+        if self.config.num_moe_layers:  # one of several towers may be dense
+            self.load_balancer = LoadBalancer.from_config(self.config)
         super().post_init()
 
     @can_return_tuple
