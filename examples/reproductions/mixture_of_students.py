@@ -25,9 +25,9 @@ def new_teacher(bench: Bench) -> Any:
 
 
 def trained_teacher(bench: Bench) -> Any:
-    """The PR-MoE after two thirds of the preset's steps."""
+    """The PR-MoE after half of the preset's steps."""
     model = new_teacher(bench)
-    bench.train(model, steps=max(2, bench.preset.steps * 2 // 3))
+    bench.train(model, steps=max(2, bench.preset.steps // 2))
     return model
 
 
