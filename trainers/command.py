@@ -11,6 +11,7 @@ METHODS = (
     "dpo",
     "evomoe",
     "mimic",
+    "moe-llava",
     "multitask",
     "preference",
     "read_me",
