@@ -1,9 +1,12 @@
 """BERT's family becomes `moe_bert` and `moe_roberta`: every head, every recipe, MoEBERT's importance split."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from common.upcycling_toys import generator
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_moe import upcycle, upcycle_checkpoint
@@ -152,6 +155,27 @@ def test_decoders_do_not_become_encoders():
         upcycle(tiny("bert", "ForMaskedLM", is_decoder=True), num_experts=2, top_k=1, target="moe_bert")
     with pytest.raises(ValueError, match=r"it has no causal language model class"):
         upcycle(tiny("bert", "ForCausalLM", is_decoder=True), num_experts=2, top_k=1, target="moe_bert")
+
+
+def test_released_pretraining_checkpoints_load(tmp_path):
+    """As google-bert/bert-base-uncased is: two heads, of which the config names one, and norms with their old names."""
+    released = tiny("bert", "ForPreTraining")
+    released.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    state = load_file(tmp_path / "model.safetensors")
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        state = {key.replace(new, name): value for key, value in state.items()}
+    assert any(key.endswith(".gamma") for key in state)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    moe, report = upcycle(str(tmp_path), num_experts=4, top_k=2)
+    assert type(moe).__name__ == "MoeBertForMaskedLM" and report.predicted_exact and report.measured.is_rounding
+    inputs = batch(labels=False)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(
+        moe(**inputs).logits[real], released(**inputs).prediction_logits[real], rtol=0, atol=4e-6
+    )
 
 
 # -- what recipes see ------------------------------------------------------------------------------------------------
