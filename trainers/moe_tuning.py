@@ -46,7 +46,7 @@ def moe_tuning_stage(stage: int | str) -> str:
 
 def set_moe_tuning_stage(model: nn.Module, stage: int | str) -> list[str]:
     """Freezes everything but what a stage of MoE-tuning trains
-    ([MoE-LLaVA](https://huggingface.co/papers/2401.15947), Sec. 3.3 and Fig. 3).
+    ([MoE-LLaVA](https://huggingface.co/papers/2401.15947)).
 
     Args:
         model (`nn.Module`): `LlavaForConditionalGeneration`, or [`MoeLlavaForConditionalGeneration`].

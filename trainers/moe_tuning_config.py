@@ -8,7 +8,7 @@ from .sft_config import MoeSFTConfig
 
 __all__ = ["MoeTuningConfig"]
 
-# Peak learning rates of the paper (its Table 8).
+# Peak learning rates of the paper.
 LEARNING_RATES = {"projector": 1e-3, "sft": 2e-5, "moe": 2e-5}
 
 

@@ -22,7 +22,7 @@ def upcycle_llava(
     residual: bool = False,
     **options: Any,
 ) -> tuple[PreTrainedModel, UpcycleReport]:
-    """Turns a dense LLaVA into a MoE-LLaVA ([2401.15947](https://huggingface.co/papers/2401.15947), Sec. 3.3).
+    """Turns a dense LLaVA into a MoE-LLaVA ([2401.15947](https://huggingface.co/papers/2401.15947)).
 
     [`upcycle`] of the language model with the paper's settings, see
     [`~hf_moe.models.moe_llava.configuration_moe_llava.paper_fields`]: each expert is a copy of the feed-forward it
