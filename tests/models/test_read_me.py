@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from common.model_battery import make_inputs, position_ids, seeded
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 import hf_moe
@@ -208,6 +208,25 @@ def test_rejected_drafts_are_taken_out_of_the_router_too(assistant):
     assert torch.equal(generate(model, inputs, do_sample=False, **draft), plain)
 
 
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_with_a_static_cache_and_eager_attention(options):
+    model, inputs = make_model(implementation={"attn_implementation": "eager"}), make_inputs(padding="left")
+    static = {"cache_implementation": "static", "disable_compile": True} if "do_sample" in options else {}
+    assert torch.equal(generate(model, inputs, **options, **static), generate(make_model(), inputs, **options))
+
+
+@torch.no_grad()
+def test_a_quantized_cache_keeps_the_router_exact():
+    model, inputs = make_model(), make_inputs()
+    cache = QuantizedCache("fp8", config=model.config)
+    full = model(**inputs, output_router_logits=True)
+    ids = inputs["input_ids"]
+    first = model(ids[:, :5], past_key_values=cache, output_router_logits=True)
+    second = model(ids[:, 5:], past_key_values=first.past_key_values, output_router_logits=True)
+    got = torch.cat([first.router_logits, second.router_logits], dim=1)
+    torch.testing.assert_close(got, full.router_logits, **CLOSE)
+
+
 def test_a_padded_batch_generates_what_its_rows_generate_alone():
     model, inputs = make_model(), make_inputs(padding="left")
     batch = generate(model, inputs, do_sample=False)
@@ -223,6 +242,19 @@ def test_a_cache_that_another_model_filled_is_refused():
         cache.update(torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8), layer)
     with pytest.raises(ValueError, match="holds 4 tokens of the decoder but 0 of the router"):
         model(**inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_new_tokens_get_rows_in_the_router_too():
+    model, inputs = make_model(), make_inputs()
+    expected = model(**inputs, output_router_logits=True)
+    model.resize_token_embeddings(72)
+    router = model.model.router.embed_tokens
+    assert router.num_embeddings == model.get_input_embeddings().num_embeddings == model.config.vocab_size == 72
+    got = model(**inputs, output_router_logits=True)
+    torch.testing.assert_close(got.router_logits, expected.router_logits)
+    torch.testing.assert_close(got.logits[..., :64], expected.logits, **CLOSE)
+    assert router.weight.requires_grad and model(torch.tensor([[70, 71]])).logits.isfinite().all()
 
 
 # -- views -----------------------------------------------------------------------------------------------------------
@@ -315,6 +347,12 @@ def test_half_precision_keeps_the_router_in_float32(tmp_path):
     torch.testing.assert_close(got.router_logits[real], expected.router_logits[real], **CLOSE)
     torch.testing.assert_close(got.logits[real].float(), expected.logits[real], rtol=0.1, atol=0.15)
     assert torch.equal(generate(half, inputs, num_beams=2)[:, :8], inputs["input_ids"])
+
+
+def test_fields_that_are_changed_while_loading_are_checked(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`num_experts_per_tok` must be 1, got 2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=2)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from common.tiny_training import third_party_warnings, tiny_words, token_rows
+from common.tiny_training import build, third_party_warnings, tiny_words, token_rows
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -317,6 +317,15 @@ def test_lora_with_a_trained_router(pair, tmp_path):
     make_trainer(pair, tmp_path, model=tuned, callbacks=[changes], rounds=1).train()
     assert changes.steps[0] and all("modules_to_save" in name for name in changes.steps[0])
     assert changes.steps[2] and all("lora" in name for name in changes.steps[2])
+
+
+@pytest.mark.parametrize(("kind", "stock"), [("trainer", False), ("trainer", True), ("sft", False), ("sft", True)])
+def test_other_trainers_train_everything_but_the_router(pair, tmp_path, kind, stock):
+    model, changes = pair[1](), Changes()
+    trainer = build(kind, tmp_path, model, stock=stock, trainer={"callbacks": [changes]}, watch=False, max_steps=1)
+    trainer.train()
+    names = {name for name, _ in model.named_parameters()}
+    assert changes.steps[0] == {name for name in names if ".router." not in name}
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

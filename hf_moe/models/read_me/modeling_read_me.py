@@ -94,6 +94,18 @@ class ReadMePreTrainedModel(MoePreTrainedMixin, LlamaPreTrainedModel):
             )
         return LlamaPreTrainedModel._grouped_mm_can_dispatch(self)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the router's embedding gets rows for the same tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        router: Any = self.base_model.router
+        if router.embed_tokens.num_embeddings != embeddings.num_embeddings:
+            trained, count = router.embed_tokens.weight.requires_grad, embeddings.num_embeddings
+            resized = self._get_resized_embeddings(router.embed_tokens, count, mean_resizing=mean_resizing)
+            router.embed_tokens = resized.requires_grad_(trained)
+        return embeddings
+
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
         """As in transformers: routing happens outside the layers that are computed again."""
         LlamaPreTrainedModel.activation_checkpointing_enable(self, activation_checkpointing_kwargs, *args, **kwargs)
@@ -107,6 +119,7 @@ class ReadMeModel(ReadMePreTrainedModel, LlamaModel):
     """
 
     def __init__(self, config: ReadMeConfig):
+        config.validate_architecture()  # `from_pretrained(folder, num_experts=...)` sets fields after the first check
         super(LlamaModel, self).__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
