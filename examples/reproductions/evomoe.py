@@ -41,7 +41,8 @@ class TwoPhases:
 
     def train(self) -> None:
         model, args, options = self.parts
-        self.model = train_evomoe(model, args, QuietTrainer, **options).model
+        trainer = train_evomoe(model, args, QuietTrainer, **options)
+        self.model, self.state = trainer.model, trainer.state
 
 
 @dataclass
@@ -57,8 +58,7 @@ class CopiesArguments(EvoMoETrainingArguments):
 
 def switch(bench: Bench, fields: dict[str, Any]) -> dict[str, float]:
     model = bench.language_model(num_experts=NUM_EXPERTS, **fields)
-    bench.train(model)
-    return figures(bench, model)
+    return figures(bench, bench.train(model))
 
 
 def two_phases(bench: Bench, arguments_class: type, **options: Any) -> dict[str, float]:
@@ -71,19 +71,23 @@ def two_phases(bench: Bench, arguments_class: type, **options: Any) -> dict[str,
         expert_steps=0.3,
         **options,
     )
-    return figures(bench, done.model)
+    return figures(bench, done)
 
 
-def figures(bench: Bench, model: Any) -> dict[str, float]:
-    """Held-out loss, and the share of held-out tokens of the busiest expert, a mean over layers (0.25 is even)."""
+def figures(bench: Bench, done: Any) -> dict[str, float]:
+    """Held-out loss; experts per token in training, a mean over its steps, and the share of held-out tokens of the
+    busiest expert, a mean over layers (0.25 is even)."""
+    model = done.model
     score = bench.evaluate(model)
+    active = [log["active_experts"] for log in done.state.log_history if "active_experts" in log and "loss" in log]
     with torch.no_grad(), record_routing(model.eval()) as recorder:
         for batch in torch.cat(list(bench.held_out.values())).split(16):
             model(input_ids=batch)
     loads = [
         torch.cat(layer.top_k_index).flatten().bincount(minlength=NUM_EXPERTS).float() for layer in recorder.layers
     ]
-    return {"bits_per_byte": score, "busiest": sum(float(load.max() / load.sum()) for load in loads) / len(loads)}
+    busiest = sum(float(load.max() / load.sum()) for load in loads) / len(loads)
+    return {"bits_per_byte": score, "experts_in_training": sum(active) / len(active), "busiest": busiest}
 
 
 REPRODUCTION = Reproduction(

@@ -24,6 +24,8 @@ def test_every_arm_ends_with_one_expert_per_token(evomoe, bench):
     assert len({row["bits_per_byte"] for row in rows.values()}) == len(rows)  # no two arms are the same
     for row in rows.values():
         assert math.isfinite(row["bits_per_byte"]) and 1 / evomoe.NUM_EXPERTS <= row["busiest"] <= 1
+    assert rows["Switch"]["experts_in_training"] == rows["copies, Switch times N"]["experts_in_training"] == 1
+    assert rows["EvoMoE"]["experts_in_training"] > 1  # the dense part of its second phase
 
 
 def test_copies_behind_a_scaled_switch_start_as_experts_of_full_size(evomoe, bench):
