@@ -158,7 +158,7 @@ def test_decoders_do_not_become_encoders():
 
 
 def test_released_pretraining_checkpoints_load(tmp_path):
-    """As google-bert/bert-base-uncased is: two heads, of which the config names one, and norms with their old names."""
+    """As bert-base-uncased is: two heads, of which the config names one, and norms under their old names."""
     released = tiny("bert", "ForPreTraining")
     released.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
