@@ -33,15 +33,16 @@ COMPARED = 20_000
 class RateExperiment:
     """Draw data from a truth, fit from near the truth, measure: as in the papers' simulations.
 
-    A fit starts at the truth plus noise: the question is how fast the best estimate converges, not whether a search
-    finds it. More fitted than true components are copies of randomly chosen ones, which share their mass.
+    A fit starts at the truth plus noise, but for the gate of the last expert, which is known: the question is how fast
+    the best estimate converges, not whether a search finds it. More fitted than true components are copies of randomly
+    chosen ones, which share their mass.
 
     Note: each repetition draws its own data. 2309.13850's script draws them with one seed, so that its repetitions
     differ by the start alone.
 
     Args:
         name (`str`): For tables and plots.
-        truth ([`GaussianMoEParameters`]): True parameters; the last expert's gate must be zero.
+        truth ([`GaussianMoEParameters`]): True parameters.
         true_gate (`Mapping`): Gate fields of [`SoftmaxGaussianMoEConfig`] for the truth.
         fitted_gate (`Mapping`, *optional*): The same of what is fitted; those of the truth by default.
         num_components (`int`, *optional*): Experts to fit; those of the truth by default.
@@ -118,10 +119,12 @@ class RateExperiment:
         def noise(tensor: torch.Tensor) -> torch.Tensor:
             return scale * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
+        gate_weight, gate_bias = noise(chosen.gate_weight), noise(chosen.gate_bias)
+        gate_weight[-1], gate_bias[-1] = 0.0, 0.0  # known, as all others are relative to it
         start = replace(
             chosen,
-            gate_weight=chosen.gate_weight + noise(chosen.gate_weight),
-            gate_bias=chosen.gate_bias - share + noise(chosen.gate_bias),
+            gate_weight=chosen.gate_weight + gate_weight,
+            gate_bias=chosen.gate_bias - share + gate_bias,
             weight=chosen.weight + noise(chosen.weight),
             bias=chosen.bias + noise(chosen.bias),
             variance=chosen.variance + noise(chosen.variance).abs(),

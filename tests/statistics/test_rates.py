@@ -86,6 +86,13 @@ def test_surplus_experts_start_as_shares_of_true_ones():
         torch.testing.assert_close(model.log_density(x, y), TWO_LINES.to_model().log_density(x, y))
 
 
+def test_the_gate_of_the_last_expert_is_known():
+    experiment = RateExperiment(name="", truth=TEMPERED, true_gate={"gate": "activation"}, jitter=0.5, errors=("D1",))
+    model = experiment.start(100, torch.Generator().manual_seed(0))
+    assert model.gate_weight[-1] == 0 and model.gate_bias[-1] == 0
+    assert (model.gate_weight[0] - 2).abs() > 0.01 and (model.weight[-1] + 2).abs() > 0.01
+
+
 def test_the_distance_of_densities_is_that_of_hellinger():
     one, other = (GaussianMoEParameters([[0.0]], [0.0], [[0.0]], [b], [1.0]).to_model() for b in (0.0, 0.7))
     generator = torch.Generator().manual_seed(0)
