@@ -19,6 +19,10 @@ from hf_moe.lazy import lazy_exports
 
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
+    "ClipCollator": ".contrastive_stages",
+    "ClusterBatchSampler": ".contrastive_clusters",
+    "ContrastiveConfig": ".contrastive_config",
+    "ContrastiveTrainer": ".contrastive_trainer",
     "DenoisingCollator": ".denoising",
     "GuidanceDistillationConfig": ".guidance_distillation_config",
     "GuidanceDistillationTrainer": ".guidance_distillation_trainer",
@@ -64,6 +68,13 @@ _EXPORTS: dict[str, str] = {
     "StagedDistillationTrainer": ".staged_distillation_trainer",
     "UnlearningStep": ".unlearning_losses",
     "fill_spans": ".denoising",
+    "cluster_pairs": ".contrastive_clusters",
+    "contrastive_loss": ".contrastive_losses",
+    "encode_pairs": ".contrastive_stages",
+    "multistage_contrastive_learning": ".contrastive_stages",
+    "retrieval_recall": ".contrastive_losses",
+    "train_part": ".contrastive_trainer",
+    "zero_shot_accuracy": ".contrastive_losses",
     "hidden_state_discrepancy": ".distillation_losses",
     "chunked_divergence": ".chunked_divergence",
     "interleave_tasks": ".denoising",

@@ -3,7 +3,7 @@
 import torch
 
 
-__all__ = ["balanced_kmeans"]
+__all__ = ["balanced_kmeans", "kmeans_seeds"]
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def balanced_kmeans(
             f"{num_clusters} clusters need at least as many points, got {len(points)}; calibrate on more."
         )
     points = points.float()
-    centroids = _seeds(points, num_clusters, generator)
+    centroids = kmeans_seeds(points, num_clusters, generator)
     labels = torch.full((len(points),), -1)
     for _ in range(iterations):
         new_labels = _assign(torch.cdist(points, centroids))
@@ -44,7 +44,17 @@ def balanced_kmeans(
     return labels, centroids
 
 
-def _seeds(points: torch.Tensor, num_clusters: int, generator: torch.Generator | None) -> torch.Tensor:
+def kmeans_seeds(points: torch.Tensor, num_clusters: int, generator: torch.Generator | None) -> torch.Tensor:
+    """k-means++: each seed is drawn with a probability that grows with the squared distance to the seeds before.
+
+    Args:
+        points (`torch.Tensor` of shape `(P, F)`): Float points.
+        num_clusters (`int`): Number of seeds.
+        generator (`torch.Generator`, *optional*): CPU generator.
+
+    Returns:
+        `torch.Tensor` of shape `(num_clusters, F)`.
+    """
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     nearest = torch.cdist(points, points[chosen]).squeeze(-1) ** 2
     for _ in range(num_clusters - 1):
