@@ -60,6 +60,8 @@ class StagedDistillationMixin(MoeTrainerMixin):
     ```
     """
 
+    args: Any
+
     def __init__(self, model: Any = None, args: Any = None, *more: Any, teacher_model: Any = None, **kwargs: Any):
         if not hasattr(args, "kd_stop_step"):
             raise TypeError(
@@ -80,7 +82,7 @@ class StagedDistillationMixin(MoeTrainerMixin):
                 f"{type(self).__name__} does not support FSDP and DeepSpeed, which gather the student's output matrix "
                 "during its own forward only. Train with data parallelism, `accelerate launch --multi_gpu`."
             )
-        student = self._moe_model
+        student: Any = self._moe_model
         self._kd_vocabulary = _shared_vocabulary(student, teacher, self.processing_class)
         self.teacher_model: Any = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._kd_heads = LanguageHead(student), LanguageHead(teacher)

@@ -49,7 +49,7 @@ def run(bench: Bench, mode: str, coefficient: float = COEFFICIENT) -> dict[str, 
         coefficient (`float`): Weight of the balance loss.
     """
     domains = len(bench.domains)
-    micro_batch = max(1, bench.preset.batch_size // domains)
+    micro_batch = max(2, bench.preset.batch_size // domains)
     model = bench.language_model(
         num_experts=bench.preset.scale(8, 32, tiny=4),
         num_experts_per_tok=2,

@@ -42,7 +42,7 @@ def drop_layers(config_or_model: Any, every: int = 8) -> Any:
     (21, [32, 32, 32, 32, 32, 32, 32, 32, 64, 64])
     ```
     """
-    config = getattr(config_or_model, "config", config_or_model)
+    config: Any = getattr(config_or_model, "config", config_or_model)
     if not isinstance(config, MoeConfigMixin):
         raise TypeError(
             f"`config_or_model` must be a config or a model of this package's backbones, got "

@@ -9,8 +9,22 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.tiny_training import SIZES, arguments, build, expert_lora, tiny_moe, token_rows
-from hf_moe.trainers import MoEDistillationConfig, MoEDistillationTrainer
+from common.tiny_training import (
+    SIZES,
+    arguments,
+    build,
+    completions,
+    expert_lora,
+    tiny_moe,
+    tiny_words,
+    token_rows,
+)
+from hf_moe.trainers import (
+    MoEDistillationConfig,
+    MoEDistillationTrainer,
+    StagedDistillationConfig,
+    StagedDistillationTrainer,
+)
 from hf_moe.views import unwrap_model
 
 
@@ -31,6 +45,12 @@ CASES = {
         "moe_llama",
         False,
         {"balance_mode": "running", "distillation_weight": 3.0, "prediction_weight": 0.5},
+    ),
+    "staged-running": (
+        "staged",
+        "moe_llama",
+        False,
+        {"balance_mode": "running", "kd_weight": 3.0, "kd_temperature": 2.0, "kd_stop_step": 2},
     ),
     "dpo-lagged-lora": ("dpo", "moe_llama", True, {"balance_mode": "lagged"}),
 }
@@ -75,6 +95,10 @@ def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Ten
             teacher = LlamaForCausalLM(LlamaConfig(**sizes))
         args = arguments(MoEDistillationConfig, folder, **options)
         trainer = MoEDistillationTrainer(model, args, teacher_model=teacher, train_dataset=token_rows(data))
+    elif kind == "staged":
+        args = arguments(StagedDistillationConfig, folder, **options)
+        more = {"train_dataset": completions(data), "processing_class": tiny_words()}
+        trainer = StagedDistillationTrainer(model, args, teacher_model=tiny_moe(seed=9), **more)
     else:
         trainer = build(kind, folder, model, data=data, lora=adapter, watch=False, **options)
     trainer.train()
