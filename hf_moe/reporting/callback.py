@@ -11,6 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.utils import logging
 
 from hf_moe.routing.layer_routing import LayerRouting
+from hf_moe.routing.output import RoutingContext
 from hf_moe.routing.statistics import RouterStats
 from hf_moe.views import MoeLayerView, Routing, in_backward, moe_layers, unwrap_model
 
@@ -125,6 +126,7 @@ class TrainingRecorder:
         self.views = moe_layers(inner)
         self.stats = RouterStats()
         self._pending: dict[int, Routing] = {}
+        self._masks: dict[int, torch.Tensor | None] = {}
         self._token_mask: torch.Tensor | None = None
         self._handles = [inner.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
         for view in self.views:
@@ -166,6 +168,7 @@ class TrainingRecorder:
         def hook(module: nn.Module, _args: tuple, output: Any) -> None:
             if not (module.training and torch.is_grad_enabled()) or in_backward():
                 return
+            self._masks[view.index] = next((a.token_mask for a in _args if isinstance(a, RoutingContext)), None)
             self._pending[view.index] = Routing(*(tensor.detach() for tensor in view.read(output)))
             if len(self._pending) == len(self.views):
                 self._update()
@@ -183,7 +186,11 @@ class TrainingRecorder:
             for view in self.views
         ]
         self._pending.clear()
-        mask = self._token_mask
-        if mask is not None and mask.numel() != layers[0].index.shape[0]:
-            mask = None  # it describes something else, e.g. text and image tokens together
-        self.stats.update(layers, None if mask is None else mask.to(device))
+        # Our routers are told which tokens are real. To others the model's mask applies, unless it describes something
+        # else, such as text without the image tokens beside it.
+        masks = [self._masks.pop(view.index, None) for view in self.views]
+        whole = self._token_mask
+        for i, layer in enumerate(layers):
+            if masks[i] is None and whole is not None and whole.numel() == layer.index.shape[0]:
+                masks[i] = whole
+        self.stats.update(layers, [None if mask is None else mask.to(device) for mask in masks])

@@ -65,6 +65,11 @@ def route(
         ValueError: no MoE layer, an unknown family, or a router that is not called once per token.
     """
     inner: Any = unwrap_model(model)
+    if getattr(inner.config, "is_encoder_decoder", False) and hasattr(inner, "decoder") and hasattr(inner, "encoder"):
+        raise ValueError(
+            f"{type(inner).__name__} routes sources and targets, and a text is only one of them. Pass "
+            "`model.get_encoder()` for the routing of its encoder."
+        )
     trunk = inner.base_model  # without the head, whose logits nobody looks at
     device = inner.get_input_embeddings().weight.device
     training = inner.training

@@ -3,7 +3,7 @@
 Shapes: T tokens, L MoE layers, N experts (of the widest layer), K per token.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ class RoutingSummary(NamedTuple):
             ([2408.15664](https://huggingface.co/papers/2408.15664), Eq. 4).
         dead_share (`torch.Tensor` of shape `(L,)`): Share of experts that received nothing.
         active_experts (`torch.Tensor` of shape `(L,)`): Mean number of active slots per token.
-        num_tokens (`int`): Tokens seen.
+        num_tokens (`int`): Tokens seen; of the layer with the most, where layers see different ones.
     """
 
     counts: torch.Tensor
@@ -80,12 +80,17 @@ class RouterStats:
         self._sums: _Sums | None = None
 
     @torch.no_grad()
-    def update(self, layers: Iterable[LayerRouting], token_mask: torch.Tensor | None = None) -> None:
+    def update(
+        self,
+        layers: Iterable[LayerRouting],
+        token_mask: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
         """Add one batch.
 
         Args:
             layers (`Iterable[LayerRouting]`): One per MoE layer, in order. Kept nowhere.
-            token_mask (`torch.Tensor` of shape `(T,)` or `(B, S)`, *optional*): `False` on padding.
+            token_mask (`torch.Tensor` of shape `(T,)` or `(B, S)`, *optional*): `False` on padding. A list has one
+                for each layer (or `None`): encoder and decoder route different tokens.
 
         Raises:
             ValueError: the layers are not those of the batches before, or the mask has another number of entries.
@@ -101,14 +106,15 @@ class RouterStats:
             self.num_experts = widths
             self._sums = _Sums.zeros(widths, layers[0].logits.device)
         sums = self._sums
-        for row, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-            sums.counts[row, :width] += expert_counts(layer.index, width, token_mask).to(sums.counts.device)
+        masks = token_mask if isinstance(token_mask, (list, tuple)) else [token_mask] * len(layers)
+        for row, (layer, width, mask) in enumerate(zip(layers, widths, masks, strict=True)):
+            sums.counts[row, :width] += expert_counts(layer.index, width, mask).to(sums.counts.device)
             p = layer.distribution().to(sums.probability)  # (T, N)
-            if token_mask is not None:
-                p = p[flat_mask(token_mask, p.shape[0]).to(p.device)]
+            if mask is not None:
+                p = p[flat_mask(mask, p.shape[0]).to(p.device)]
             sums.probability[row, :width] += p.sum(dim=0)
             sums.entropy[row] += torch.special.entr(p).sum()
-        sums.num_tokens.add_(count_tokens(layers[0].index.shape[0], token_mask, sums.counts.device))
+            sums.num_tokens[row] += count_tokens(layer.index.shape[0], mask, sums.counts.device)
 
     def add(self, other: "RouterStats") -> None:
         """Adds what another one has seen, e.g. another process.
@@ -141,7 +147,7 @@ class RouterStats:
             [`RouterStats`]
         """
         sums = self._seen()
-        whole = torch.cat([sums.counts.flatten(), sums.num_tokens.view(1)])
+        whole = torch.cat([sums.counts.flatten(), sums.num_tokens])
         real = torch.cat([sums.probability.flatten(), sums.entropy])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             dist.all_reduce(whole, group=group)
@@ -149,7 +155,7 @@ class RouterStats:
         total = RouterStats()
         total.num_experts = self.num_experts
         shape, size = sums.counts.shape, sums.counts.numel()
-        total._sums = _Sums(whole[:-1].view(shape), real[:size].view(shape), real[size:], whole[-1])
+        total._sums = _Sums(whole[:size].view(shape), real[:size].view(shape), real[size:], whole[size:])
         return total
 
     def compute(self) -> RoutingSummary:
@@ -161,20 +167,19 @@ class RouterStats:
         counts, probability, entropy, tokens = (value.cpu() for value in self._seen())
         width = torch.tensor(self.num_experts)  # (L,)
         exists = torch.arange(counts.shape[1]) < width.unsqueeze(-1)  # (L, N)
-        num_tokens = int(tokens)
         load = normalize_counts(counts)
-        per_token = 1 / max(num_tokens, 1)
+        per_token = 1 / tokens.clamp(min=1).double()  # (L,)
         mean = counts.sum(dim=-1).clamp(min=1) / width
         return RoutingSummary(
             counts=counts,
             load=load,
-            mean_probability=(probability * per_token).float(),
+            mean_probability=(probability * per_token.unsqueeze(-1)).float(),
             entropy=(entropy * per_token).float(),
             load_entropy=torch.special.entr(load).sum(dim=-1),
             max_violation=counts.amax(dim=-1) / mean - 1,
             dead_share=((counts == 0) & exists).sum(dim=-1) / width,
-            active_experts=counts.sum(dim=-1) * per_token,
-            num_tokens=num_tokens,
+            active_experts=(counts.sum(dim=-1) * per_token).float(),
+            num_tokens=int(tokens.max()),
         )
 
     def _seen(self) -> "_Sums":
@@ -189,7 +194,7 @@ class _Sums(NamedTuple):
     counts: torch.Tensor  # (L, N) int64
     probability: torch.Tensor  # (L, N)
     entropy: torch.Tensor  # (L,)
-    num_tokens: torch.Tensor  # ()
+    num_tokens: torch.Tensor  # (L,)
 
     @classmethod
     def zeros(cls, widths: tuple[int, ...], device: torch.device) -> "_Sums":
@@ -200,5 +205,5 @@ class _Sums(NamedTuple):
             torch.zeros(shape, dtype=torch.int64, device=device),
             torch.zeros(shape, dtype=real, device=device),
             torch.zeros(len(widths), dtype=real, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros(len(widths), dtype=torch.int64, device=device),
         )

@@ -1,5 +1,7 @@
 """`moe_t5`: both stacks route their own tokens, and what T5 does otherwise stays T5's."""
 
+import re
+
 import pytest
 import torch
 from common.model_battery import seeded
@@ -371,6 +373,39 @@ def test_the_experts_implementation_reaches_both_stacks():
     used = {block.experts.config._experts_implementation for _, block in model.moe_blocks()}
     assert used == {"batched_mm"}
     torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+# -- watching --------------------------------------------------------------------------------------------------------
+def test_expert_load_is_watched_in_both_stacks():
+    from hf_moe.reporting.callback import TrainingRecorder
+
+    model, inputs = make_model().train(), make_inputs(2)
+    recorder = TrainingRecorder(model)
+    model(**inputs).loss.backward()
+    summary = recorder.stats.compute()
+    recorder.close()
+    assert summary.counts.sum(-1).tolist() == [28, 28, 20, 20]  # 14 real source tokens, 10 targets, 2 slots
+    torch.testing.assert_close(summary.active_experts, torch.full((4,), 2.0))
+    torch.testing.assert_close(summary.mean_probability.sum(-1), torch.ones(4))
+
+
+def test_a_report_of_the_encoder_is_asked_of_the_encoder(tiny_tokenizer):
+    from hf_moe import routing_report
+
+    model = make_model(vocab_size=len(tiny_tokenizer))
+    with pytest.raises(ValueError, match=r"Pass `model.get_encoder\(\)`"):
+        routing_report(model, tiny_tokenizer, ["one two three"])
+    report = routing_report(model.get_encoder(), tiny_tokenizer, ["one two three", "four"])
+    assert len(report.layers) == 2 and report.num_tokens > 0
+
+
+def test_parallel_plans_name_parameters_of_both_stacks():
+    model = make_model()
+    plan = model.config.base_model_ep_plan
+    names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_modules()]
+    for pattern in plan:
+        assert any(re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name) for name in names), pattern
+    assert {pattern.partition(".")[0] for pattern in plan} == {"encoder", "decoder"}
 
 
 # -- upcycling -------------------------------------------------------------------------------------------------------
