@@ -1,9 +1,9 @@
 """Z-code M3: random token selection, aggregation of experts, and pruning, at equal budgets of tokens.
 
-Every arm trains for the preset's steps in three stretches with a warm-up each: a common beginning, a middle part, and
-Every arm trains for the preset's steps in three stretches, each with a warm-up: a common beginning, a middle part, and
-of its steps; their experts are then put into one model. Afterwards half of the experts are taken away, by use and at
-random, with a fine-tuning of a twentieth of the steps.
+Every arm trains for the steps of the preset in three stretches, each with a warm-up: a common beginning, a middle part,
+and an end on all domains. In the aggregated arm the middle part is two branches that see half of the domains each, for
+half of its steps; their experts are then put into one model. What is lost when half of the experts go, by use or at
+random, is measured at once, before any fine-tuning would hide it.
 """
 
 from functools import partial
@@ -16,15 +16,16 @@ from hf_moe.upcycling import aggregate_experts, expert_usage, prune_experts
 
 
 NUM_EXPERTS = 4
-#: Shares of the steps: beginning, middle, end; and what pruning is followed by.
-BEGINNING, MIDDLE, END, FINE_TUNING = 0.4, 0.4, 0.2, 0.05
+#: Shares of the steps.
+BEGINNING, MIDDLE, END = 0.4, 0.4, 0.2
 #: Batches of training text the use of experts is counted on.
 USAGE_BATCHES = 8
 
 
 def model_of(bench: Bench, num_experts: int = NUM_EXPERTS, **fields: Any) -> Any:
-    """Top-1 routing with the probability as weight, as in Z-code."""
-    options = {"norm_topk_prob": False, **fields.pop("router_config", {})}
+    """Top-1 routing with the probability as weight, as in Z-code, times N: an expert starts at full size."""
+    weights = {"norm_topk_prob": False, "routed_scaling_factor": float(num_experts)}
+    options = {**weights, **fields.pop("router_config", {})}
     return bench.language_model(num_experts=num_experts, num_experts_per_tok=1, router_config=options, **fields)
 
 
@@ -66,14 +67,8 @@ def figures(bench: Bench, model: Any) -> dict[str, float]:
     usage = expert_usage(model, batches)
     row = {"bits_per_byte": bench.evaluate(model)}
     for policy in ("load", "random"):
-        half = prune_experts(
-            model, num_experts=model.config.num_experts // 2, usage=usage, policy=policy, seed=bench.seed
-        )
-        half.config.expert_capacity_factor = None
-        for _, block in half.moe_blocks():
-            block.gate.capacity_factor = None
-        rate = bench.preset.learning_rate / 10
-        bench.train(half, steps=steps(bench, FINE_TUNING), data=part(bench, 1), learning_rate=rate)
+        kept = model.config.num_experts // 2
+        half = prune_experts(model, num_experts=kept, usage=usage, policy=policy, seed=bench.seed)
         row[f"half_by_{policy}"] = bench.evaluate(half)
     return row
 
