@@ -366,11 +366,11 @@ class RouterLossesMixin:
         has_loss = self.config.router_aux_loss_coef > 0 or self.config.router_z_loss_coef > 0
         return has_loss or self.config.router_bias_update_speed > 0 or self.config.has_router_penalty
 
-    def begin_balance(self, outputs: MoeModelOutput, *inputs: torch.Tensor | None) -> PendingBalance | None:
+    def begin_balance(self, outputs: Any, *inputs: torch.Tensor | None) -> PendingBalance | None:
         """Counts what the routers chose and starts the sum over ranks, which then runs while the head does.
 
         Args:
-            outputs ([`MoeModelOutput`]): Of the base model.
+            outputs ([`MoeModelOutput`] or `MoeEncoderOutput`): Of the base model.
             inputs: `input_ids, attention_mask, inputs_embeds` of this call, for the mask the routers saw.
 
         Returns:
