@@ -9,7 +9,7 @@ What becomes of the router losses of a model of hf_moe:
 | stock `SFTTrainer`, `DPOTrainer` | Mixtral's formula, each micro-batch by itself | no |
 
 TRL never calls the model's `forward`. Its formula takes the softmax and the top-k of the feed-forward experts' logits,
-whatever the router does, and pools the layers.
+whatever the router does, and pools the layers, which must therefore all have the same number of experts.
 
 `ExpertUnlearningTrainer` uses no router loss: it would pull the routers away from the experts that are to forget.
 """

@@ -14,6 +14,7 @@ import pytest
 from common.model_battery import (
     ENCODER_HEADS,
     ENCODERS,
+    GPT2_LIKE,
     HEADS,
     TYPES,
     VOCABULARY,
@@ -98,7 +99,7 @@ def make_case(model_type: str) -> type:
             self.model_tester = ModelTester(self, model_type)
 
         def test_config(self):
-            width = {"n_embd" if model_type == "moe_gpt2" else "hidden_size": 96}
+            width = {"n_embd" if model_type in GPT2_LIKE else "hidden_size": 96}
             ConfigTester(self, config_class=type(config), num_experts=3, **width).run_common_tests()
 
         def test_moe_models_record_router_logits(self):
