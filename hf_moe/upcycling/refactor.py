@@ -3,7 +3,8 @@
 Shapes: N experts, D hidden, I channels of the dense feed-forward.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -90,8 +91,7 @@ def convert_to_readme(
     sites = locate_feed_forwards(model)
     positions = model.config.max_position_embeddings
     length = min(4096, positions) if length is None else length
-    if tokenizer is None and model.name_or_path:
-        tokenizer = _tokenizer(model)
+    find_tokenizer = cache(lambda: tokenizer if tokenizer is not None else _tokenizer(model))
     width = model.config.hidden_size
     router_hidden_size = min(512, width) if router_hidden_size is None else router_hidden_size
     if router_hidden_size > width:
@@ -106,7 +106,7 @@ def convert_to_readme(
 
     activity, tokens, first = {}, {}, []
     for domain, texts in domains.items():
-        batches = list(_windows(texts, tokenizer, domain, samples, length))
+        batches = list(_windows(texts, find_tokenizer, domain, samples, length))
         stats = collect_statistics(model, sites, batches, {"activity"})
         activity[domain] = {layer: layer_stats.importance["activity"] for layer, layer_stats in stats.items()}
         tokens[domain] = next(iter(stats.values())).num_tokens
@@ -159,20 +159,24 @@ def _check_source(model: PreTrainedModel) -> None:
 def _tokenizer(model: PreTrainedModel) -> Any:
     from transformers import AutoTokenizer
 
+    if not model.name_or_path:
+        return None  # whoever needs it says so
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
     except (OSError, ValueError):
-        return None  # whoever needs it says so
+        return None
 
 
-def _windows(texts: Any, tokenizer: Any, domain: str, samples: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
+def _windows(
+    texts: Any, find_tokenizer: Callable[[], Any], domain: str, samples: int, length: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Model inputs of one domain: texts are cut in windows of `length` tokens, of which the first `samples` count."""
     if isinstance(texts, (str, torch.Tensor, Mapping)) or not isinstance(texts, Iterable):
-        texts = calibration_batches(texts, tokenizer)
+        texts = calibration_batches(texts, find_tokenizer() if isinstance(texts, str) else None)
 
     def cut() -> Iterator[dict[str, torch.Tensor]]:
         for text in texts:
-            (inputs,) = calibration_batches([text], tokenizer)
+            (inputs,) = calibration_batches([text], find_tokenizer() if isinstance(text, str) else None)
             size = inputs["input_ids"].shape[-1]
             for start in range(0, size, length):
                 yield {name: value[:, start : start + length] for name, value in inputs.items()}
