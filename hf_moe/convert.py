@@ -24,6 +24,9 @@ FORMATS: dict[str, Format] = {
     "dynamic-moe": Format(
         "hf_moe.models.dynamic_moe.convert_released:convert_released", "dynamic routing (AnLan577/Dynamic_MoE)"
     ),
+    "moe-llava": Format(
+        "hf_moe.models.moe_llava.convert_released:convert_released", "MoE-LLaVA (LanguageBind/MoE-LLaVA-Phi2-2.7B-4e)"
+    ),
     "moepp": Format(
         "hf_moe.models.moe_plus_plus.convert_released:convert_released", "MoE++ (Chat-UniVi/MoE-Plus-Plus-7B)"
     ),

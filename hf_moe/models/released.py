@@ -60,6 +60,7 @@ def write_converted(
     buffers: Mapping[str, torch.Tensor],
     unused: Collection[str] = (),
     deciding_fields: Collection[str] = (),
+    growing: Collection[str] = (),
     max_shard_bytes: int = 2 * 10**9,
 ) -> Path:
     """Writes a model folder a tensor at a time: memory holds one shard and one layer. The folder appears when it is
@@ -72,9 +73,11 @@ def write_converted(
         model_class (`type`): The model's class; its parameters are what is written.
         pieces (`Callable`): Parameter name -> released tensors that make it. Several are stacked; a tuple among them
             is one matrix, its parts one above the other.
-        buffers (`Mapping[str, torch.Tensor]`): What the released layout lacks, by name.
+        buffers (`Mapping[str, torch.Tensor]`): What the released layout lacks, by name; parameters too.
         unused (`Collection[str]`): Released tensors that are left out.
         deciding_fields (`Collection[str]`): Config fields that decide which tensors there are, for the error message.
+        growing (`Collection[str]`): Parameters that may have fewer rows in the release, one for each token it knows;
+            the others start as their mean.
         max_shard_bytes (`int`, defaults to 2 GB): Largest size of one weight file.
 
     Returns:
@@ -85,7 +88,8 @@ def write_converted(
     """
     with torch.device("meta"):
         model = model_class(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # a tied head appears once
+    # A tied head appears once.
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name not in buffers}
     reader = CheckpointReader(source)
     made_of = {name: pieces(name) for name in shapes}
     unused = set(unused) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -93,6 +97,9 @@ def write_converted(
     with CheckpointWriter(destination, max_shard_bytes) as writer:
         for name, shape in logging.tqdm(shapes.items(), desc="Converting", unit="tensor"):
             tensor = _assemble(reader, made_of[name], shape)
+            if name in growing and tensor.shape[0] < shape[0]:
+                mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
+                tensor = torch.cat([tensor, mean.expand(shape[0] - tensor.shape[0], *tensor.shape[1:])])
             if tensor.shape != shape:
                 raise ValueError(
                     f"`{source}`: `{made_of[name][0]}` makes a tensor of shape {tuple(tensor.shape)}, but "
