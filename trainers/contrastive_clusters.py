@@ -114,7 +114,7 @@ class ClusterBatchSampler(Sampler[list[int]]):
         if not self.clusters:
             largest = max((len(m) for m in members), default=0)
             raise ValueError(
-                f"`batch_size={batch_size}` on {num_processes} process(es) takes {self.step_size} pairs of one cluster, "
+                f"`batch_size={batch_size}` on {num_processes} process(es) takes {self.step_size} pairs of a cluster, "
                 f"but the largest of {len(members)} clusters has {largest}. Use smaller batches, fewer clusters "
                 "(`num_clusters`), fewer stages or more pairs."
             )

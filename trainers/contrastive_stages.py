@@ -85,7 +85,8 @@ def multistage_contrastive_learning(
     data_collator: Callable | None = None,
 ) -> tuple[list[CLIPModel], list[torch.Tensor]]:
     """The models whose feed-forwards become experts
-    ([CLIP-MoE](https://huggingface.co/papers/2409.19291), Sec. 3.1): stage s clusters the pairs by the features of stage s - 1, within the clusters so far, and trains the feed-forwards
+    ([CLIP-MoE](https://huggingface.co/papers/2409.19291), Sec. 3.1):
+    stage s clusters the pairs by the features of stage s - 1, within the clusters so far, and trains the feed-forwards
     of `base` anew on batches from one cluster each.
 
     Args:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .discovery import find_routers
 from .permutation import advance_permutation_search, harden_permutations
 from .schedules import Schedule, parse_schedules
-from .steps import ROUTER_STATE_NAME, BalanceSteps, count_batch_targets, count_batch_tokens
+from .steps import ROUTER_STATE_NAME, BalanceSteps, count_batch_tokens
 
 
 __all__ = ["GlobalBalanceCallback", "RouterScheduleCallback", "apply_schedules"]
@@ -46,7 +46,7 @@ class GlobalBalanceCallback(TrainerCallback):
     def __init__(self, resume_from_checkpoint: str | None = None):
         self.resume_from_checkpoint = resume_from_checkpoint
         self._epoch_start: int | None = None
-        self._observed: tuple[int, list[int | torch.Tensor], int] | None = None
+        self._observed: tuple[int, dict[str, int | torch.Tensor], int] | None = None
 
     def observe_batches(self, batches: list[Mapping[str, Any]], replicas: int = 1) -> None:
         """Tell the callback the micro-batches of the next step: G and token counts are then exact.
@@ -59,9 +59,7 @@ class GlobalBalanceCallback(TrainerCallback):
             replicas (`int`, defaults to 1): Ranks of the balancer's group that hold these same batches (context or
                 sequence parallelism, where each later works on its slice).
         """
-        counts = [count_batch_tokens(batches)]
-        if self.steps is not None and self.steps.counts_targets:
-            counts.append(count_batch_targets(batches))
+        counts = {"num_tokens": count_batch_tokens(batches)} if self.steps is None else self.steps.count(batches)
         self._observed = (max(len(batches), 1), counts, replicas)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -94,13 +92,13 @@ class GlobalBalanceCallback(TrainerCallback):
         self._epoch_start = start
 
     def on_step_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        num_micro_batches, counts = self._micro_batches(args, state, train_dataloader), []
+        num_micro_batches, counts = self._micro_batches(args, state, train_dataloader), {}
         if self._observed is not None:
             num_micro_batches, counts, replicas = self._observed
-            counts = [self.steps.sum_over_ranks(count) // replicas for count in counts]
+            counts = {name: self.steps.sum_over_ranks(count) // replicas for name, count in counts.items()}
             self._observed = None
         summed = bool(args.average_tokens_across_devices)
-        self.steps.begin(num_micro_batches, *counts, summed_over_ranks=summed)
+        self.steps.begin(num_micro_batches, **counts, summed_over_ranks=summed)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.steps.start_reduction()

@@ -128,6 +128,8 @@ class LoadBalancer(nn.Module):
 
     #: True beside the decoder of an encoder-decoder model, whose tokens are the targets.
     counts_targets: bool = False
+    #: Tokens a tower makes of an image; `None` beside layers that see text.
+    tokens_per_image: int | None = None
 
     counts: torch.Tensor  # (L, N), of this step: all ranks in `running` and `blend`, else this rank
     previous_counts: torch.Tensor  # (L, N), of the step before

@@ -78,25 +78,41 @@ class BalanceSteps:
             self.num_micro_batches = accelerator.gradient_accumulation_steps
         self.begin(self.num_micro_batches)
 
-    @property
-    def counts_targets(self) -> bool:
-        """Whether one of the balancers belongs to a decoder that reads targets, next to an encoder."""
-        return any(balancer.counts_targets for balancer, _ in self.balancers.values())
+    def count(self, batches: Iterable[Mapping[str, Any]]) -> dict[str, int | torch.Tensor]:
+        """What some batches hold of the things the balancers count: arguments of `begin`.
+
+        Raises:
+            ValueError: a batch holds none of them.
+        """
+        batches, found = list(batches), {}
+        for balancer, _ in self.balancers.values():
+            if balancer.tokens_per_image is not None:
+                found["num_images"] = count_batch_images(batches)
+            elif balancer.counts_targets:
+                found["num_targets"] = count_batch_targets(batches)
+            else:
+                found["num_tokens"] = count_batch_tokens(batches)
+        return found
 
     def begin(
         self,
         num_micro_batches: int,
         num_tokens: int | torch.Tensor | None = None,
         num_targets: int | torch.Tensor | None = None,
+        num_images: int | torch.Tensor | None = None,
         **kwargs,
     ) -> None:
         """Start a step on every balancer; see [`LoadBalancer.begin_step`] for the other arguments.
 
         Args:
             num_targets (`int` or `torch.Tensor`, *optional*): T of the decoder of an encoder-decoder model.
+            num_images (`int` or `torch.Tensor`, *optional*): Images of the step, for towers that see them.
         """
         for balancer, _ in self.balancers.values():
-            tokens = num_targets if balancer.counts_targets else num_tokens
+            if balancer.tokens_per_image is not None:
+                tokens = None if num_images is None else num_images * balancer.tokens_per_image
+            else:
+                tokens = num_targets if balancer.counts_targets else num_tokens
             balancer.begin_step(num_micro_batches, tokens, **kwargs)
 
     def sum_over_ranks(self, value: int | torch.Tensor) -> torch.Tensor:
@@ -226,6 +242,23 @@ def count_batch_tokens(batches: Iterable[Mapping[str, Any]]) -> int | torch.Tens
                 f"cannot count the tokens of a batch with the keys {sorted(batch)}: it needs `attention_mask`, "
                 "`input_ids` or `inputs_embeds`."
             )
+    return total
+
+
+def count_batch_images(batches: Iterable[Mapping[str, Any]]) -> int:
+    """Images of some batches.
+
+    Args:
+        batches (`Iterable[Mapping]`): Inputs of the model, with `pixel_values` of shape `(B, channels, H, W)`.
+
+    Raises:
+        ValueError: a batch has no images.
+    """
+    total = 0
+    for batch in batches:
+        if batch.get("pixel_values") is None:
+            raise ValueError(f"cannot count the images of a batch with the keys {sorted(batch)}: no `pixel_values`.")
+        total += batch["pixel_values"].shape[0]
     return total
 
 

@@ -183,3 +183,30 @@ def test_a_second_stage_learns_what_the_first_could_not_tell_apart():
         members = labels == label
         assert len(shape[members].unique()) == 1
         assert len(colour[members].unique()) == 2
+
+
+def test_balance_of_towers_is_the_same_however_a_step_is_cut(tmp_path):
+    from transformers import TrainerCallback
+
+    from hf_moe import MoeClipForImageClassification
+    from hf_moe.trainers import MoeTrainer, MoeTrainingArguments
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    found = []
+    data = [{"pixel_values": row["pixel_values"], "labels": torch.tensor(i % 3)} for i, row in enumerate(rows(8))]
+    for size, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        # All of a step's frequencies come first, so that the cut makes no difference at all.
+        clip = make_moe_clip(num_labels=3, router_aux_loss_coef=0.5, balance_mode="lagged").config
+        model = MoeClipForImageClassification(clip)
+        args = arguments(
+            MoeTrainingArguments, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+            max_steps=2, learning_rate=0.0, train_sampling_strategy="sequential", remove_unused_columns=False,
+        )  # fmt: skip
+        MoeTrainer(model, args, train_dataset=data, callbacks=[Keep()]).train()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[3][name], gradient, rtol=1e-4, atol=1e-6)
+    assert found[1]["vision_model.encoder.layers.0.mlp.gate.weight"].abs().sum() > 0

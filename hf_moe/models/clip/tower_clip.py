@@ -137,6 +137,11 @@ class MoeClipVisionModel(_MoeTower, MoeClipPreTrainedModel, CLIPVisionModel):
             )
         )
 
+    def post_init(self) -> None:
+        super().post_init()
+        if self.config.num_moe_layers:
+            self.load_balancer.tokens_per_image = self.embeddings.num_positions
+
     def routing_context(self, *inputs: Any) -> RoutingContext:
         """Every patch is routed, and has no id."""
         return RoutingContext()
