@@ -45,6 +45,8 @@ class MoeClipModel(RouterLossesMixin, MoeClipPreTrainedModel, CLIPModel):
     """CLIP whose towers have MoE layers; its `get_text_features`, `get_image_features` and outputs are CLIP's."""
 
     config: MoeClipConfig
+    # The loss is a mean over the pairs of the call, whatever else is in the optimizer step.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MoeClipConfig):
         super(CLIPModel, self).__init__(config)  # CLIP's own `__init__` would make dense towers
@@ -115,6 +117,7 @@ class MoeClipForImageClassification(RouterLossesMixin, MoeClipPreTrainedModel, C
     """The image tower and a classifier on the mean of its patches."""
 
     config: MoeClipConfig
+    accepts_loss_kwargs = False  # as above
 
     def __init__(self, config: MoeClipConfig):
         super(CLIPForImageClassification, self).__init__(config)  # as in `MoeClipModel`
