@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from common.model_battery import GPT2_LIKE, TYPES, make_config, make_model
+from common.model_battery import ENCODERS, GPT2_LIKE, TYPES, make_config, make_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,6 +11,7 @@ from hf_moe.models.configuration import parse_moe_layers
 
 
 every_type = pytest.mark.parametrize("model_type", TYPES)
+every_config = pytest.mark.parametrize("model_type", [*TYPES, *ENCODERS])
 LAYERS = "must be 'all', 'every:<step>', 'first_half', 'second_half' or a list of layer indices, got"
 BAD = [
     (
@@ -50,7 +51,7 @@ BAD = [
 ]
 
 
-@every_type
+@every_config
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=[str(fields) for fields, _ in BAD])
 def test_bad_values_are_refused(model_type, fields, message):
     with pytest.raises(ValueError, match=message):
@@ -69,7 +70,7 @@ def test_values_of_the_wrong_type_are_refused_by_name(fields):
         make_config("moe_llama", **fields)
 
 
-@every_type
+@every_config
 def test_a_bad_config_file_is_refused_alike(model_type, tmp_path):
     make_config(model_type).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -78,7 +79,7 @@ def test_a_bad_config_file_is_refused_alike(model_type, tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
-@every_type
+@every_config
 def test_a_field_made_bad_later_is_refused_when_saved(model_type, tmp_path):
     config = make_config(model_type)
     config.num_experts_per_tok = 99
@@ -140,7 +141,7 @@ def test_llama_with_biases_gets_experts_with_biases():
     assert make_config("moe_llama", mlp_bias=True).expert_type == "swiglu_bias"
 
 
-@every_type
+@every_config
 def test_configs_do_not_share_their_containers(model_type):
     one, other = make_config(model_type), make_config(model_type)
     one.router_config["temperature"] = 2.0
