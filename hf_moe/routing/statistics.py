@@ -106,7 +106,10 @@ class RouterStats:
             self.num_experts = widths
             self._sums = _Sums.zeros(widths, layers[0].logits.device)
         sums = self._sums
-        masks = token_mask if isinstance(token_mask, (list, tuple)) else [token_mask] * len(layers)
+        if token_mask is None or isinstance(token_mask, torch.Tensor):
+            masks: Sequence[torch.Tensor | None] = [token_mask] * len(layers)
+        else:
+            masks = token_mask
         for row, (layer, width, mask) in enumerate(zip(layers, widths, masks, strict=True)):
             sums.counts[row, :width] += expert_counts(layer.index, width, mask).to(sums.counts.device)
             p = layer.distribution().to(sums.probability)  # (T, N)

@@ -1,5 +1,6 @@
 """Loading and checking the dense model that is to be upcycled."""
 
+import importlib
 import os
 from typing import Any
 
@@ -65,7 +66,8 @@ def _load(name: str, argument: str) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name)
     check_unquantized(config, name, argument)
     architecture = (config.architectures or [""])[0]
-    cls = getattr(transformers, architecture, AutoModelForCausalLM)
+    ours = getattr(importlib.import_module("hf_moe"), architecture, AutoModelForCausalLM)
+    cls = getattr(transformers, architecture, ours)
     try:
         loaded: Any = cls.from_pretrained(name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True)
     except SafetensorError as error:

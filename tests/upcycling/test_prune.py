@@ -234,3 +234,14 @@ def test_the_command_prunes_a_folder(tmp_path, capsys, request):
     assert AutoModelForCausalLM.from_pretrained(out).config.num_experts == 2
     assert main(["prune", source, str(tmp_path / "no"), "--experts", "2"]) == 2
     assert "give `--text FILE`" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_the_command_prunes_both_stacks_of_a_t5(tmp_path):
+    from hf_moe import MoeT5Config, MoeT5ForConditionalGeneration
+
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    MoeT5ForConditionalGeneration(MoeT5Config(**sizes, num_experts=4)).save_pretrained(tmp_path / "moe")
+    words = ["prune", str(tmp_path / "moe"), str(tmp_path / "out"), "--experts", "3", "--policy", "random"]
+    assert main(words) == 0
+    pruned = MoeT5ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert [block.num_experts for _, block in pruned.moe_blocks()] == [3, 3]
