@@ -203,11 +203,14 @@ def test_methods_are_names_for_width_and_depth():
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
-def test_growing_then_upcycling_is_growing():
-    model = small_model("llama")
-    grown, _ = grow_model(model, **WIDER, intermediate_size=96, check=False)
+@pytest.mark.parametrize(
+    ("kind", "result"), [("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("gpt2", "moe_gpt2")]
+)
+def test_growing_then_upcycling_is_growing(kind, result):
+    model = small_model(kind)
+    grown, _ = grow_model(model, hidden_size=64, check=False)  # heads stay as wide, so `head_dim` must be carried over
     moe, report = upcycle(grown, num_experts=4, top_k=2)
-    assert report.predicted_exact and moe.config.model_type == "mixtral"
+    assert report.predicted_exact and moe.config.model_type == result
     assert grown_gap(grown, moe) < 1e-5 and grown_gap(model, moe) < 2e-5
 
 

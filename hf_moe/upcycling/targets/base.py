@@ -156,7 +156,7 @@ class CheckpointTarget(Target):
         config_class = self.config_class(source_config)
         known = _field_names(config_class)
         # What only the source's class declares means nothing to the result; what the user added does.
-        foreign = _field_names(type(source_config)) - known
+        foreign = _field_names(type(source_config)) - known - {"head_dim"}  # models read it, declared or not
         carried = {k: v for k, v in source_config.to_dict().items() if k not in foreign and k not in NOT_CARRIED}
         for key in overrides:
             if key not in known:
