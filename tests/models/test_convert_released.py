@@ -342,7 +342,7 @@ def test_command_line(tmp_path, capsys):
     assert cli.main(["convert", "moepp", str(source), str(tmp_path / "converted")]) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main(["convert", "moe2", str(source), str(tmp_path / "other")]) == 2
-    assert "`format` must be one of ['dynamic-moe', 'moepp'], got 'moe2'" in capsys.readouterr().err
+    assert "`format` must be one of ['dynamic-moe', 'moe-llava', 'moepp'], got 'moe2'" in capsys.readouterr().err
 
 
 def test_the_converted_folder_carries_the_shim_that_loads_it_elsewhere(tmp_path):
