@@ -3,14 +3,12 @@
 Shapes: B batch, S sequence, T = B * S tokens, D hidden, N experts.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -28,24 +26,11 @@ from hf_moe.routing.output import RoutingContext
 from .cache import extend_cache
 from .configuration_read_me import ReadMeConfig
 from .feed_forward import ReadMeFeedForward
+from .outputs import ReadMeCausalLMOutput, ReadMeModelOutput
 from .router import ReadMeRouter
 
 
 __all__ = ["ReadMeForCausalLM", "ReadMeModel", "ReadMePreTrainedModel"]
-
-
-@dataclass
-class ReadMeModelOutput(BaseModelOutputWithPast):
-    """Base-model output; `router_logits` `(B, S, N)` where asked for: one decision, the same for all layers."""
-
-    router_logits: torch.Tensor | None = None
-
-
-@dataclass
-class ReadMeCausalLMOutput(CausalLMOutputWithPast):
-    """Language-model output; `router_logits` as in [`ReadMeModelOutput`]."""
-
-    router_logits: torch.Tensor | None = None
 
 
 class ReadMeDecoderLayer(MoeDecoderLayerMixin, LlamaDecoderLayer):
