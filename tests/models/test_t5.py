@@ -422,6 +422,17 @@ def test_copies_of_a_dense_t5_compute_what_it_does(form, cls):
         assert torch.equal(moe.generate(source, **arguments), dense.generate(source, **arguments, use_cache=False))
 
 
+@both_forms
+def test_a_t5_in_float16_keeps_its_output_matrices_in_float32_and_its_experts_do_not(form, tmp_path):
+    dense_t5(form).save_pretrained(tmp_path)
+    dense = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    assert dense.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    moe, report = upcycle(dense, num_experts=2, top_k=1, layers=r"block\.0", target="moe_t5")
+    assert moe.encoder.block[0].layer[1].mlp.experts.down_proj.dtype == torch.float16
+    assert moe.encoder.block[1].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert report.measured.max_difference < 0.02 * report.measured.largest
+
+
 def test_layers_are_chosen_in_each_stack():
     dense = dense_t5("relu")
     moe, report = upcycle(dense, num_experts=2, top_k=1, layers="every:2", target="moe_t5")
