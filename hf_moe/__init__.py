@@ -83,6 +83,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "reporting": ".reporting",
         "routing_override": ".routing_override",
         "routing_report": ".reporting",
+        "statistics": ".statistics",
         "supported_families": ".view_listing",
         "trainers": ".trainers",
         "upcycle": ".upcycling",
