@@ -3,10 +3,10 @@
 The task is real: from 16 word pieces, say which kind of text they come from (language reference, docstrings, code,
 licences, project descriptions; text every machine with this package has). Whole documents are held out. A small
 BERT learns it; its feed-forwards are split by importance (`ImportanceShared`: the most important channels to every
-expert, the rest dealt by rank, an eighth of the width in all), and each mixture is distilled for the same steps on the
-same batches:
+expert, the rest dealt by rank, a sixteenth of the width in all), and each mixture is distilled for the same steps on
+the same batches:
 
-    one expert      the important eighth alone, no routing
+    one expert      the important sixteenth alone, no routing
     hash            MoEBERT: a fixed random expert for each token id
     top-1           a softmax gate with the balance loss
     COMET           a tree of smooth steps with its entropy in the loss
@@ -148,7 +148,7 @@ def fine_tune_bert(data: Data, preset: Preset, seed: int, output: Path) -> BertF
 
 def make_student(teacher: BertForSequenceClassification, data: Data, method: str, seed: int) -> Any:
     """MoEBERT's split, two thirds of an expert shared. MoEBERT's experts are a quarter as wide as the feed-forward; of
-    so small a BERT that keeps everything, so here they are an eighth."""
+    so small a BERT that keeps everything, so here they are a sixteenth."""
     width = teacher.config.intermediate_size
     rows = data.train[:: max(1, len(data.train) // (8 * BATCH))]
     calibration = [
@@ -159,7 +159,7 @@ def make_student(teacher: BertForSequenceClassification, data: Data, method: str
     student, _ = upcycle(
         teacher,
         top_k=1,
-        experts=ImportanceShared(width // 12 // 8 * 8, width=width // 8),
+        experts=ImportanceShared(width // 24 // 8 * 8, width=width // 16),
         calibration=calibration,
         check=False,
         seed=seed,
