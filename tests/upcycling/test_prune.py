@@ -3,7 +3,7 @@
 import pytest
 import torch
 from common.model_battery import make_inputs, make_model
-from common.tiny_families import tiny_inputs, tiny_model
+from common.tiny_families import FAMILIES, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_moe import moe_layers
@@ -79,6 +79,25 @@ def test_families_of_transformers_keep_the_experts_asked_for(family, tmp_path):
     pruned.save_pretrained(tmp_path)
     again = type(pruned).from_pretrained(tmp_path)
     assert torch.equal(run(again, inputs), run(pruned, inputs))
+
+
+REFUSED = {"deepseek_v4", "inkling_text", "longcat_flash", "muse_spark_text", "switch_transformers"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_pruned_or_refused(family):
+    model = tiny_model(family)
+    half = {view.index: [6, 1, 4, 3] for view in moe_layers(model)}
+    if family in REFUSED:
+        with pytest.raises(ValueError, match=r"are not stacked|cannot have another number|one entry for each"):
+            prune_experts(model, half)
+        return
+    inputs = {**tiny_inputs(model, make_inputs()["input_ids"]), "use_cache": False}
+    assert torch.equal(run(prune_experts(model, {}), inputs), run(model, inputs))
+    pruned = prune_experts(model, half)
+    assert run(pruned, inputs).isfinite().all()
+    assert all(view.num_computing_experts == 4 for view in moe_layers(pruned))
 
 
 # -- what is not a row of the experts --------------------------------------------------------------------------------
