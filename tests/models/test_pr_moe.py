@@ -53,6 +53,7 @@ def test_the_pyramid_doubles_the_last_layers():
     assert PrMoeConfig.pyramid(4, n_layer=8, **sizes).num_experts == [4, 4, 8, 8]
     assert PrMoeConfig.pyramid(4, 1, n_layer=8, **sizes).num_experts == [4, 4, 4, 8]
     assert PrMoeConfig.pyramid(4, 0, n_layer=4, moe_layers="all", **sizes).num_experts == [4] * 4
+    assert PrMoeConfig.pyramid(4, n_layer=8, num_experts_per_tok=2, **sizes).num_experts_per_tok == 2
     assert PrMoeConfig(n_layer=2, **sizes).num_experts == [64]  # no room for more than the last
     with pytest.raises(ValueError, match=r"`wide_layers` must be between 0 and the number of MoE layers \(1\), got 2"):
         PrMoeConfig.pyramid(4, n_layer=2, **sizes)

@@ -85,7 +85,7 @@ class PrMoeConfig(MoeGPT2Config):
         [64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 128, 128]
         ```
         """
-        layers = cls(**{**fields, "num_experts": 1}).num_moe_layers
+        layers = cls(**{**fields, "num_experts": num_experts}).num_moe_layers
         if not 0 <= wide_layers <= layers:
             raise ValueError(
                 f"`wide_layers` must be between 0 and the number of MoE layers ({layers}), got {wide_layers}."
