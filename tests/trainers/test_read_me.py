@@ -254,7 +254,7 @@ def test_accumulated_batches_give_the_gradients_of_one(pair, tmp_path, stage):
             torch.testing.assert_close(other[name], change, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6])
+@pytest.mark.parametrize("stop", [1, 8])
 def test_a_run_resumes_in_the_middle_of_a_round_bit_by_bit(pair, tmp_path, stop):
     options = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
     options["gradient_accumulation_steps"] = 2
