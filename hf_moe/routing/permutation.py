@@ -46,6 +46,9 @@ class PermutationOptions:
         per_tree (`bool`, defaults to `False`): One permutation for each tree of `comet` or selector of `dselect_k`.
         tau_start, tau_end (`float`, defaults to 1e-3 and 1e-7): Temperature; its logarithm falls linearly.
         sweeps_start, sweeps_end (`int`, defaults to 20 and 150): Sinkhorn sweeps, growing linearly.
+        learning_rate_scale (`float`, defaults to 1.0): Learning rate of A relative to that of other parameters, for
+            optimizers like Adam. Entries of A start within 0.05 of each other, and the paper's rates are 5e-5 to 1e-3:
+            at much higher ones every step draws another permutation.
     """
 
     num_steps: int | float
@@ -55,13 +58,14 @@ class PermutationOptions:
     tau_end: float = 1e-7
     sweeps_start: int = 20
     sweeps_end: int = 150
+    learning_rate_scale: float = 1.0
 
     def __post_init__(self):
         if not (_is_number(self.entropy_coef) and self.entropy_coef >= 0):
             raise ValueError(f"`entropy_coef` must be at least 0 and finite, got {self.entropy_coef!r}.")
         if not isinstance(self.per_tree, bool):
             raise ValueError(f"`per_tree` must be True or False, got {self.per_tree!r}.")
-        for name in ("tau_start", "tau_end"):
+        for name in ("tau_start", "tau_end", "learning_rate_scale"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0):
                 raise ValueError(f"`{name}` must be above 0 and finite, got {value!r}.")
@@ -226,7 +230,7 @@ class PermutationLocalSearch(nn.Module):
     # -- what a router does ----------------------------------------------------------------------------------------
     def soft(self) -> torch.Tensor:
         """P, `(P, N, N)`, float32: the share of the gate's output m that expert l gets."""
-        scaled = self.log_weights.float() / self.tau.float()
+        scaled = self.options.learning_rate_scale * self.log_weights.float() / self.tau.float()
         if not torch.compiler.is_compiling():
             return sinkhorn(scaled, self.sweeps)
         for sweep in range(max(self.options.sweeps_start, self.options.sweeps_end)):  # a static graph
@@ -290,7 +294,8 @@ class PermutationLocalSearch(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initial values, through `transformers.initialization` so that loaded values are kept."""
-        init.uniform_(self.log_weights, -START, START)
+        bound = START / self.options.learning_rate_scale
+        init.uniform_(self.log_weights, -bound, bound)
         init.copy_(self.order, torch.arange(self.order.shape[-1], device=self.order.device).expand_as(self.order))
         init.constant_(self.tau, self.options.tau_start)
         init.constant_(self.sweeps, self.options.sweeps_start)

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from hf_moe.models.llama import MoeLlamaConfig, MoeLlamaForCausalLM
-from hf_moe.routing import RoutingContext, apply_schedules, build_router, find_routers, parse_schedules
+from hf_moe.routing import (
+    RoutingContext,
+    apply_schedules,
+    build_router,
+    expert_frequency,
+    find_routers,
+    load_balance_loss,
+    parse_schedules,
+)
 
 
 def make_config(num_experts=4, hidden_size=4, num_experts_per_tok=1, **options):
@@ -92,6 +100,8 @@ def test_evaluation_is_the_plain_top_k_router(generator):
 def test_one_expert_gets_everything():
     out = run(make_router(1), torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(out.top_k_weights, torch.ones(5, 1)) and (out.top_k_index == 0).all()
+    balance = load_balance_loss(out.router_logits.softmax(-1), expert_frequency(out.top_k_index, 1))
+    assert balance == 1.0
 
 
 def test_the_batch_variant_gives_all_tokens_the_mean_number_and_leaves_out_padding():

@@ -272,6 +272,24 @@ def test_evaluation_in_the_middle_uses_the_hard_permutation(generator):
     torch.testing.assert_close(out.router_logits, reference(x).router_logits[:, router.permutation.order[0]])
 
 
+def test_a_scaled_learning_rate_is_a_slower_a(generator):
+    """Adam's steps do not depend on the size of gradients, but on that of the parameter."""
+    moved = {}
+    for scale in (1.0, 0.1):
+        search = make_router(generator, search={**FEW, "learning_rate_scale": scale}).permutation.train()
+        with torch.no_grad():
+            search.log_weights.copy_(torch.linspace(-0.05, 0.05, N * N).view(1, N, N) / scale)
+        optimizer = torch.optim.Adam(search.parameters(), lr=1e-3)
+        search.advance(0)
+        before = search.soft()
+        before[0, 0, 1].backward()
+        optimizer.step()
+        moved[scale] = (search.soft() - before).abs().max().item()
+        start = build_router(make_config(search={**FEW, "learning_rate_scale": scale}), 0).permutation.log_weights
+        assert 0.03 < scale * start.abs().max() <= 0.05
+    assert moved[0.1] == pytest.approx(0.1 * moved[1.0], rel=0.1) and moved[1.0] > 0
+
+
 def test_a_good_order_is_found(generator):
     """A gate that is given, experts that are given: only the permutation between them is learned."""
     gate = torch.eye(N)[torch.randint(0, N, (64,), generator=generator)]
@@ -355,6 +373,7 @@ def test_the_permutation_is_saved_and_not_searched_again(tmp_path, generator):
         ({"num_steps": 0}, "`num_steps` must be a whole number of steps"),
         ({"num_steps": float("inf")}, "`num_steps` must be a whole number of steps"),
         ({"num_steps": 5, "tau_end": 0.0}, "`tau_end` must be above 0 and finite, got 0.0"),
+        ({"num_steps": 5, "learning_rate_scale": 0.0}, "`learning_rate_scale` must be above 0 and finite, got 0.0"),
         ({"num_steps": 5, "sweeps_start": 0}, "`sweeps_start` must be a whole number of at least 1, got 0"),
         ({"num_steps": 5, "entropy_coef": -1.0}, "`entropy_coef` must be at least 0"),
         ({"num_steps": 5, "per_tree": True}, "has `per_tree=True`, but .*has no trees"),
