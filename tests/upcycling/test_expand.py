@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_moe import moe_layers, upcycle
 from hf_moe.upcycling import Diversify, expand, expand_experts, expand_optimizer_state
-from hf_moe.upcycling.expert_surgery import edit_experts, expert_tensors
 
 
 FAMILIES = ("moe_llama", "moe_qwen3", "moe_gpt2", "mixtral", "qwen3_moe", "gpt_oss", "granitemoe")
@@ -24,6 +23,10 @@ def few_experts(family):
     fields = type(tiny_model(family).config).__dataclass_fields__
     number = next(name for name in ("num_local_experts", "num_experts") if name in fields)
     return tiny_model(family, **{number: 2, "num_experts_per_tok": 1})
+
+
+def expert_tensors(view):
+    return dict(view.experts.named_parameters())
 
 
 @torch.no_grad()
@@ -215,18 +218,14 @@ def test_what_cannot_work_is_refused(arguments, message):
         expand_experts(tiny_moe(num_experts=2), **arguments)
 
 
+def test_fresh_routers_are_those_of_this_package():
+    with pytest.raises(ValueError, match="those of MixtralForCausalLM can be 'zeros' or 'repeat'"):
+        expand_experts(few_experts("mixtral"), 4, router="fresh")
+
+
 def test_a_dense_model_is_refused():
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
         expand_experts(tiny_dense("llama"), 4)
-
-
-def test_editing_keeps_what_it_is_told_to():
-    model = tiny_moe(num_experts=4)
-    edited = edit_experts(model, 2, expert=lambda v, n, t: t[2:], router=lambda v, n, t: t[2:])
-    old, new = moe_layers(model)[0], moe_layers(edited)[0]
-    assert torch.equal(new.experts.down_proj, old.experts.down_proj[2:])
-    assert torch.equal(new.router.weight, old.router.weight[2:])
-    assert edited.config.num_experts == 2 and model.config.num_experts == 4
 
 
 # -- as an expert builder ---------------------------------------------------------------------------------------------
