@@ -52,7 +52,7 @@ def comet(bench: Bench) -> dict[str, float]:
 
 
 def comet_with_local_search(bench: Bench) -> dict[str, float]:
-    # The paper's search takes 1 to 10 of at least 100 epochs, at rates of 5e-5 to 1e-3; the preset's is brought to that.
+    # The paper's search takes 1 to 10 of at least 100 epochs, at rates of 5e-5 to 1e-3, as A's is here.
     search = {"num_steps": 0.2, "learning_rate_scale": min(1.0, 3e-4 / bench.preset.learning_rate)}
     return tree(bench, "comet", permutation_search=search)
 
