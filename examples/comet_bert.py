@@ -257,7 +257,10 @@ def main(words: list[str] | None = None) -> list[dict]:
     for seed in options.seeds or preset.seeds:
         teacher = fine_tune_bert(data, preset, seed, options.output)
         teachers.append(measure(teacher, data)["accuracy"])
-        rows += [run_one(teacher, data, preset, method, seed, options.output) for method in METHODS]
+        print(f"seed {seed}, BERT: accuracy {teachers[-1]:.3f}")
+        for method in METHODS:
+            rows.append(run_one(teacher, data, preset, method, seed, options.output))
+            print(f"seed {seed}, {method}: " + ", ".join(f"{column} {rows[-1][column]:.3f}" for column in COLUMNS))
     write_text(options.output / "results.json", json.dumps({"teachers": teachers, "rows": rows}, indent=2) + "\n")
     table = summarise(rows, teachers)
     write_text(options.output / "results.md", table)
