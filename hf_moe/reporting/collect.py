@@ -4,7 +4,8 @@ Shapes: B batch, S sequence, T = B * S tokens, L MoE layers, N experts, K per to
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ logger = logging.get_logger(__name__)
 def routing_report(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[str | Mapping[str, Any]],
     *,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -51,8 +52,9 @@ def routing_report(
 
     Args:
         model (`nn.Module`): Any model that [`hf_moe.moe_layers`] accepts, on the device it should run on.
-        tokenizer: Its tokenizer.
-        texts (`Iterable[str]`): What to route.
+        tokenizer: Its tokenizer; for batches with images, its processor.
+        texts (`Iterable[str]`): What to route. Or batches as a processor returns them, with images: they are run as
+            they are, and the tokens that stand for images are of class `"image"`.
         batch_size (`int`, defaults to 8): Windows per forward pass.
         max_length (`int`, *optional*): Tokens of a window; by default 512, or the model's longest if that is less.
         max_tokens (`int`, *optional*): Stop after this many tokens; all by default.
@@ -78,20 +80,38 @@ def routing_report(
     check_arguments(batch_size=batch_size, max_length=max_length, max_tokens=max_tokens)
     inner: Any = unwrap_model(model)
     collector = Collector(moe_layers(inner), vocabulary=inner.get_input_embeddings().weight.shape[0])
-    check_tokenizer(tokenizer, collector.occurrences.shape[0])
-    windows = token_windows(tokenizer, texts, max_length or longest_window(inner.config), max_tokens)
+    words = getattr(tokenizer, "tokenizer", tokenizer)
+    check_tokenizer(words, collector.occurrences.shape[0])
+    rows: Any = iter(texts)
+    first = next(rows, None)
+    rows = rows if first is None else chain([first], rows)
+    if isinstance(first, Mapping):
+        batches: Any = _up_to(max_tokens, rows)
+    else:
+        windows = token_windows(words, rows, max_length or longest_window(inner.config), max_tokens)
+        batches = token_batches(windows, batch_size, words.pad_token_id)
     with logging.tqdm(total=max_tokens, unit="token", desc="Routing", disable=not show_progress) as bar:
 
         def take(batch: RoutedBatch) -> None:
             collector.take(batch)
             bar.update(int(batch.token_mask.sum()))
 
-        route(inner, token_batches(windows, batch_size, tokenizer.pad_token_id), take)
+        route(inner, batches, take)
     report = collector.report(tokenizer, examples_per_expert, model_name or model_title(inner), token_classes)
     compute = active_compute(inner)
     report.flops_per_token = compute.flops([layer.active_computing_experts for layer in report.layers])
     report.flops_share = report.flops_per_token / max(compute.flops(compute.num_experts), 1.0)
     return report
+
+
+def _up_to(max_tokens: int | None, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches until they hold that many tokens; the last one is not cut."""
+    tokens = 0
+    for batch in batches:
+        if max_tokens is not None and tokens >= max_tokens:
+            return
+        tokens += int(batch["attention_mask"].sum())
+        yield batch
 
 
 class Collector:
@@ -164,7 +184,7 @@ class Collector:
         """The report of everything taken so far.
 
         Args:
-            tokenizer: A transformers tokenizer.
+            tokenizer: A transformers tokenizer, or a processor.
             examples_per_expert (`int`): Typical tokens to keep of each expert.
             model_name (`str`): Title of the report.
             classes (`Callable[[str], str]`, *optional*): As in [`routing_report`].
@@ -181,6 +201,7 @@ class Collector:
         of_the_mean = marginal_entropy(summary)
         seen = torch.nonzero(self.occurrences).flatten().tolist()
         class_of = class_of_each_id(tokenizer, seen, classes)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         names = in_order(class_of.values(), TOKEN_CLASSES)
         class_sizes = dict.fromkeys(names, 0)
         for token_id in seen:

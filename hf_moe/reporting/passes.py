@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, N experts, K per token.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from hf_moe.views import RoutingRecorder, record_routing, unwrap_model
 __all__ = ["RoutedBatch", "longest_window", "route"]
 
 DEFAULT_MAX_LENGTH = 512
+MODEL_INPUTS = ("input_ids", "attention_mask")
 
 
 class RoutedBatch(NamedTuple):
@@ -50,7 +51,7 @@ def longest_window(config: Any) -> int:
 @torch.no_grad()
 def route(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor] | Mapping[str, torch.Tensor]],
     take: Callable[[RoutedBatch], None],
 ) -> None:
     """Routes batches without computing logits over the vocabulary. The model runs in eval mode, and returns to the
@@ -58,7 +59,8 @@ def route(
 
     Args:
         model (`nn.Module`): Accepted by [`hf_moe.moe_layers`], bare or wrapped.
-        batches (`Iterable`): `input_ids` and `attention_mask`, both `(B, S)`.
+        batches (`Iterable`): `input_ids` and `attention_mask`, both `(B, S)`; or mappings with these and further
+            inputs of the model, such as images.
         take (`Callable`): Called with a [`RoutedBatch`] for each.
 
     Raises:
@@ -76,8 +78,10 @@ def route(
     inner.eval()
     try:
         with record_routing(inner, offload=True) as recorder:
-            for input_ids, attention_mask in batches:
-                trunk(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+            for batch in batches:
+                inputs = dict(batch if isinstance(batch, Mapping) else zip(MODEL_INPUTS, batch, strict=True))
+                input_ids, attention_mask = (inputs[name] for name in MODEL_INPUTS)
+                trunk(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
                 positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
                 layers = _layers(recorder, input_ids.numel())
                 recorder.clear()

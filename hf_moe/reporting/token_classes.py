@@ -9,8 +9,9 @@ import torch
 
 __all__ = ["POSITION_BINS", "TOKEN_CLASSES", "class_of_each_id", "position_bin", "token_class", "token_text"]
 
-#: What [`token_class`] answers, in the order of tables and plots. `"special"` is decided by the tokenizer.
-TOKEN_CLASSES = ("word", "word part", "keyword", "number", "punctuation", "whitespace", "special", "other")
+#: What [`token_class`] answers, in the order of tables and plots. `"special"` is decided by the tokenizer, `"image"`
+#: by the processor.
+TOKEN_CLASSES = ("word", "word part", "keyword", "number", "punctuation", "whitespace", "special", "image", "other")
 #: First position of each bin.
 POSITION_STARTS = (0, 1, 4, 16, 64, 256, 1024)
 #: Names of the bins.
@@ -42,7 +43,7 @@ def token_class(text: str) -> str:
         text (`str`): The token with its space.
 
     Returns:
-        `str`: One of [`TOKEN_CLASSES`], never `"special"`.
+        `str`: One of [`TOKEN_CLASSES`], never `"special"` or `"image"`.
 
     Example:
         ```python
@@ -82,12 +83,15 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 
 def class_of_each_id(
-    tokenizer: Any, token_ids: Iterable[int], classes: Callable[[str], str] | None = None
+    tokenizer: Any,
+    token_ids: Iterable[int],
+    classes: Callable[[str], str] | None = None,
 ) -> dict[int, str]:
     """The class of each token id.
 
     Args:
-        tokenizer: A transformers tokenizer; its special tokens are of class `"special"`.
+        tokenizer: A transformers tokenizer, whose special tokens are of class `"special"`; or a processor, whose image
+            token is of class `"image"`.
         token_ids (`Iterable[int]`): The ids to sort.
         classes (`Callable[[str], str]`, *optional*): Text of a token to the name of its class; [`token_class`] by
             default.
@@ -99,11 +103,14 @@ def class_of_each_id(
         TypeError: `classes` answered something that is no text.
     """
     classes = classes or token_class
+    image_token_id = getattr(tokenizer, "image_token_id", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     special = set(tokenizer.all_special_ids)
     found = {}
     for token_id in token_ids:
         text = token_text(tokenizer, token_id)
         name = "special" if token_id in special else classes(text)
+        name = "image" if token_id == image_token_id else name
         if not isinstance(name, str):
             raise TypeError(f"`token_classes` must return the name of a class, got {name!r} for the token {text!r}.")
         found[token_id] = name
