@@ -85,7 +85,8 @@ class MoEDistillationTrainer(MoeTrainerMixin, Trainer):
         super().__init__(model, args, **kwargs)
         if model is None:
             check_teacher(self.model, teacher_model)
-        self.teacher_model = teacher_model.to(self.accelerator.device)
+        placed = getattr(teacher_model, "hf_device_map", None) or getattr(teacher_model, "is_quantized", False)
+        self.teacher_model = teacher_model if placed else teacher_model.to(self.accelerator.device)
 
     def compute_loss(
         self,

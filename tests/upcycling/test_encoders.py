@@ -13,6 +13,7 @@ from hf_moe import upcycle, upcycle_checkpoint
 from hf_moe.upcycling import (
     Copy,
     Drop,
+    FromModels,
     Hash,
     ImportanceShared,
     KMeans,
@@ -232,6 +233,15 @@ def test_importances_of_a_task_need_its_labels(head):
         given["labels"] = given["input_ids"] % 3 if head == "ForTokenClassification" else given["input_ids"][:, 0] % 3
     moe, report = upcycle(tiny("bert", head), calibration=given, **options)
     assert not report.predicted_exact and moe.config.moe_intermediate_size == 12
+
+
+def test_fine_tunes_become_experts_of_one_model():
+    dense, other = tiny(), tiny(seed=1)
+    moe, _ = upcycle(dense, num_experts=2, top_k=1, experts=FromModels([dense, other]), check=False)
+    for index, layer in enumerate(moe.bert.encoder.layer):
+        for expert, source in enumerate((dense, other)):
+            wanted = source.bert.encoder.layer[index].intermediate.dense.weight
+            assert torch.equal(layer.mlp.experts.up_proj[expert], wanted)
 
 
 @pytest.mark.parametrize("router", [KMeans(), Prompts({e: [list(range(5 + e, 12 + e))] for e in range(4)})], ids=repr)
