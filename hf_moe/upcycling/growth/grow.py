@@ -103,45 +103,16 @@ def grow_model(
             f"{type(model).__name__} cannot be grown: nothing is known about the axes of {kind!r}. Known are "
             f"{', '.join(growable_families())}."
         )
-    old = read_sizes(model.config)
-    new = grown_sizes(
-        model.config,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        num_hidden_layers=num_hidden_layers,
-    )
+    wanted = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "num_hidden_layers": num_hidden_layers,
+    }
     generator = torch.Generator().manual_seed(seed)
-    # Fewer key-value heads are made first, by averaging; from there on there is only growth.
-    pooled = min(old.num_key_value_heads, new.num_key_value_heads)
-    heads, kv_heads = grow_heads(
-        old.num_attention_heads, pooled, new.num_attention_heads, new.num_key_value_heads, order, generator
-    )
-    layers = depth_map(old.num_hidden_layers, new.num_hidden_layers, depth)
-    config = grown_config(model.config, new, layers)
-    growth = Growth(
-        old=old,
-        new=new,
-        maps=_all_maps(
-            {
-                "hidden": grow_units(old.hidden_size, new.hidden_size, order, generator),
-                "inner": grow_units(old.intermediate_size, new.intermediate_size, order, generator),
-            },
-            heads,
-            kv_heads,
-            old.head_dim,
-        ),
-        head_map=heads,
-        kv_map=kv_heads,
-        layers=layers,
-        inserted=inserted_layers(layers) if depth == "identity" else set(),
-        width=width,
-        depth=depth,
-        order=order,
-        noise_std=noise_std,
-        seed=seed,
-    )
+    growth = _decide(model.config, wanted, generator, width, depth, order, float(noise_std), seed)
+    config = grown_config(model.config, growth.new, growth.layers)
     exact, reason = predict(growth, model)
     warnings = warnings_for(growth, model, exact, reason)
     for text in warnings:
@@ -149,8 +120,8 @@ def grow_model(
     grown = _load(model, config, growth, generator)
     grown.config.growth = {
         "source": name,
-        "before": old.to_dict(),
-        "after": new.to_dict(),
+        "before": growth.old.to_dict(),
+        "after": growth.new.to_dict(),
         **{key: getattr(growth, key) for key in ("width", "depth", "order", "noise_std", "seed", "layers")},
     }
     gap = None
@@ -167,15 +138,15 @@ def grow_model(
     return grown, GrowthReport(
         source=name,
         architecture=type(grown).__name__,
-        before=old.to_dict(),
-        after=new.to_dict(),
+        before=growth.old.to_dict(),
+        after=growth.new.to_dict(),
         width=width,
         depth=depth,
         order=order,
         noise_std=noise_std,
         seed=seed,
-        depth_map=layers,
-        head_map=heads.index.tolist(),
+        depth_map=growth.layers,
+        head_map=growth.head_map.index.tolist(),
         predicted_exact=exact,
         reason=reason,
         dense_parameters=count_parameters(model)[0],
@@ -210,17 +181,49 @@ def _check_choices(width: Any, depth: Any, order: Any, noise_std: Any, seed: Any
         raise ValueError(f"`seed` must be a whole number of at least 0, got {seed!r}.")
 
 
-def _all_maps(maps: dict[str, UnitMap], heads: UnitMap, kv_heads: UnitMap, head_dim: int) -> dict[str, UnitMap]:
-    """Maps of coordinates for all units a table of axes may name."""
-    queries, keys = heads.blocks(head_dim), kv_heads.blocks(head_dim)
-    return {
-        **maps,
-        "heads": queries,
-        "kv": keys,
-        "qkv": UnitMap.joined(queries, keys, keys),
-        "head_qkv": heads.blocks(3 * head_dim),
-        "gate_up": UnitMap.joined(maps["inner"], maps["inner"]),
-    }
+def _decide(
+    config: Any,
+    wanted: dict[str, int | None],
+    generator: torch.Generator,
+    width: str,
+    depth: str,
+    order: str,
+    noise_std: float,
+    seed: int,
+) -> Growth:
+    """Sizes and maps; refuses what cannot be grown."""
+    old, new = read_sizes(config), grown_sizes(config, **wanted)
+    # Fewer key-value heads are made first, by averaging; from there on there is only growth.
+    pooled = min(old.num_key_value_heads, new.num_key_value_heads)
+    heads, kv_heads = grow_heads(
+        old.num_attention_heads, pooled, new.num_attention_heads, new.num_key_value_heads, order, generator
+    )
+    hidden = grow_units(old.hidden_size, new.hidden_size, order, generator)
+    inner = grow_units(old.intermediate_size, new.intermediate_size, order, generator)
+    queries, keys = heads.blocks(old.head_dim), kv_heads.blocks(old.head_dim)
+    layers = depth_map(old.num_hidden_layers, new.num_hidden_layers, depth)
+    return Growth(
+        old=old,
+        new=new,
+        maps={
+            "hidden": hidden,
+            "inner": inner,
+            "heads": queries,
+            "kv": keys,
+            "qkv": UnitMap.joined(queries, keys, keys),
+            "head_qkv": heads.blocks(3 * old.head_dim),
+            "gate_up": UnitMap.joined(inner, inner),
+        },
+        head_map=heads,
+        kv_map=kv_heads,
+        layers=layers,
+        inserted=inserted_layers(layers) if depth == "identity" else set(),
+        width=width,
+        depth=depth,
+        order=order,
+        noise_std=noise_std,
+        seed=seed,
+    )
 
 
 def _load(model: PreTrainedModel, config: Any, growth: Growth, generator: torch.Generator) -> PreTrainedModel:
