@@ -19,9 +19,13 @@ from common.tiny_training import (
     tiny_words,
     token_rows,
 )
+from hf_moe import MoeT5Config, MoeT5ForConditionalGeneration
 from hf_moe.trainers import (
+    DenoisingCollator,
     MoEDistillationConfig,
     MoEDistillationTrainer,
+    MoeSeq2SeqTrainer,
+    MoeSeq2SeqTrainingArguments,
     StagedDistillationConfig,
     StagedDistillationTrainer,
 )
@@ -52,8 +56,36 @@ CASES = {
         False,
         {"balance_mode": "running", "kd_weight": 3.0, "kd_temperature": 2.0, "kd_stop_step": 2},
     ),
+    "seq2seq-running": ("seq2seq", "moe_t5", False, {"balance_mode": "running"}),
     "dpo-lagged-lora": ("dpo", "moe_llama", True, {"balance_mode": "lagged"}),
 }
+
+
+class SpecialTokens:
+    """What a collator asks of a tokenizer."""
+
+    pad_token_id, eos_token_id = 0, 2
+
+
+def tiny_t5(**config) -> MoeT5ForConditionalGeneration:
+    sizes = {"vocab_size": SIZES["vocab_size"], "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"num_experts": 4, "dropout_rate": 0.0, "decoder_start_token_id": 0, **config}
+        return MoeT5ForConditionalGeneration(MoeT5Config(**sizes, **options))
+
+
+def pairs(count: int) -> list[dict]:
+    """Sources and targets whose lengths have nothing to do with each other."""
+    g = torch.Generator().manual_seed(3)
+    lengths = [(3 + i % 5, 2 + (3 * i) % 7) for i in range(count)]
+    return [
+        {
+            name: torch.randint(3, 90, (n,), generator=g).tolist()
+            for name, n in zip(("input_ids", "labels"), both, strict=True)
+        }
+        for both in lengths
+    ]
 
 
 def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -65,10 +97,10 @@ def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Ten
     kind, family, lora, options = CASES[name]
     # Capacity is per micro-batch, so it would depend on its size.
     config = {"router_z_loss_coef": 0.01, "expert_capacity_factor": None, "router_aux_loss_coef": 1.0}
-    if not lora and family == "moe_llama":
+    if not lora and family in ("moe_llama", "moe_t5"):
         config |= {"router_type": "sigmoid_topk", "router_bias_update_speed": 0.01}
     adapter = expert_lora(target_modules=["q_proj"], init_lora_weights=False) if lora else None
-    model = tiny_moe(family, **config)
+    model = tiny_t5(**config) if kind == "seq2seq" else tiny_moe(family, **config)
     data = 20
     if options["balance_mode"] == "lagged":
         # Without a previous step, and where one micro-batch on one rank is the step, `lagged` uses its own counts.
@@ -99,6 +131,10 @@ def train(name: str, folder: Path, batch_size: int) -> tuple[dict[str, torch.Ten
         args = arguments(StagedDistillationConfig, folder, **options)
         more = {"train_dataset": completions(data), "processing_class": tiny_words()}
         trainer = StagedDistillationTrainer(model, args, teacher_model=tiny_moe(seed=9), **more)
+    elif kind == "seq2seq":
+        args = arguments(MoeSeq2SeqTrainingArguments, folder, remove_unused_columns=False, **options)
+        collator = DenoisingCollator(SpecialTokens(), sentinels=[100])
+        trainer = MoeSeq2SeqTrainer(model, args, train_dataset=pairs(data), data_collator=collator)
     else:
         trainer = build(kind, folder, model, data=data, lora=adapter, watch=False, **options)
     trainer.train()
