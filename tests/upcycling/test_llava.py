@@ -118,6 +118,8 @@ def test_what_cannot_become_one_is_refused_before_anything_is_made():
     other = LlavaForConditionalGeneration(config)
     with pytest.raises(ValueError, match=r"its language model, gemma, has no backbone here"):
         upcycle_llava(other)
+    with pytest.raises(ValueError, match=r"described by `text_config`.*its language model a MoE by itself"):
+        upcycle(other, num_experts=2, top_k=2)
 
 
 def test_the_command_writes_model_and_processor(tmp_path, tiny_tokenizer, capsys):

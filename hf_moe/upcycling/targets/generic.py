@@ -23,6 +23,11 @@ class GenericTarget(BackboneTarget):
             return f"{model.config.model_type!r} is not a model type of transformers"
         if getattr(model.config, "is_heterogeneous", False):
             return "the layers of the source differ in shape"
+        if getattr(model.config, "text_config", None) is not None:
+            return (
+                "its layers are described by `text_config`, and generic classes know one config; make its language "
+                "model a MoE by itself (`upcycle(model.model.language_model, ...)`)"
+            )
         if plan.shared == "residual" and getattr(model.config, "intermediate_size", None) is None:
             return "its config does not name the width of the residual branch"
         return None
