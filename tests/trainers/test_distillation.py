@@ -235,6 +235,16 @@ def test_students_come_closer_to_their_teachers(kind, checkpointing, tmp_path):
     assert len(distances) == 25 and distances[-1] < 0.7 * distances[0]
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_mixed_precision_gives_about_the_same_distance(kind, tmp_path):
+    dense, distances = teacher(kind), []
+    for bf16 in (False, True):
+        run = trainer(tmp_path, kind, dense=dense, bf16=bf16, distillation_weight=2.0)
+        assert run.train().training_loss > 0
+        distances.append(next(log["distillation_loss"] for log in run.state.log_history if "distillation_loss" in log))
+    assert distances[1] == pytest.approx(distances[0], rel=0.05) and distances[1] != distances[0]
+
+
 def test_checkpointing_gives_the_same_gradients(tmp_path):
     dense, gradients = teacher(), []
     for checkpointing in (False, True):
