@@ -1,7 +1,7 @@
 """Z-code M3: random token selection, aggregation of experts, and pruning, at equal budgets of tokens.
 
-Every arm trains for the steps of the preset in three stretches, with a warm-up each: a common beginning, a middle part,
-and an end on all domains. In the aggregated arm the middle part is two branches that see half of the domains each, for
+Every arm trains for the steps of the preset in three stretches, with a warm-up each: a common beginning, a middle and
+an end on all domains. In the aggregated arm the middle part is two branches that see half of the domains each, for
 half of its steps; their experts are then put into one model. What is lost when half of the experts go, by use or at
 random, is measured at once, before any fine-tuning would hide it.
 """
