@@ -14,7 +14,7 @@ METHODS = (
     "moe-llava",
     "multitask",
     "preference",
-    "read_me",
+    "read-me",
     "sft",
     "staged-distillation",
     "unlearning",

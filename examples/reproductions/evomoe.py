@@ -102,5 +102,5 @@ REPRODUCTION = Reproduction(
         "EvoMoE": partial(two_phases, arguments_class=EvoMoETrainingArguments),
         "EvoMoE, equal copies": partial(two_phases, arguments_class=EvoMoETrainingArguments, diversify="copy"),
     },
-    baseline="Switch",
+    baseline="Switch, times N",
 )

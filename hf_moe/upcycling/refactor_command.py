@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer.save_pretrained(partial)
         write_text(partial / "upcycling.json", json.dumps(report.to_dict(), indent=2) + "\n")
     print(report)
-    print(f"Wrote {destination}; tune it with `hf-moe train read_me`.")
+    print(f"Wrote {destination}; tune it with `hf-moe train read-me`.")
     return 0
 
 

@@ -377,5 +377,5 @@ def test_the_script_trains_and_saves_a_model_that_loads(folder):
 
 def test_the_command_tells_its_arguments_from_those_of_the_launcher(folder):
     words = ["--config", str(folder / "run.yaml"), "--num_processes", "2", "--model_name_or_path", "m"]
-    launch, script = command.split_arguments("read_me", [*words, "--dataset_name", "d", "--rounds", "3"])
+    launch, script = command.split_arguments("read-me", [*words, "--dataset_name", "d", "--rounds", "3"])
     assert launch == ["--num_processes", "2"] and "--rounds" in script

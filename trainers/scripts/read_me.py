@@ -24,7 +24,7 @@ model's config names.
 # Several processes
 ```bash
 accelerate launch --multi_gpu --num_processes 2 -m hf_moe.trainers.scripts.read_me --config read_me.yaml
-hf-moe train read_me --config read_me.yaml --multi_gpu --num_processes 2
+hf-moe train read-me --config read_me.yaml --multi_gpu --num_processes 2
 ```
 With `--use_cpu` these are two processes on the CPU (`--cpu` of accelerate silently runs one).
 """
@@ -138,7 +138,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
     types: Any = (ReadMeScriptArguments, ReadMeTrainingArguments)
     if subparsers is not None:
-        return subparsers.add_parser("read_me", help="Run the Read-ME script", dataclass_types=types)
+        return subparsers.add_parser("read-me", help="Run the Read-ME script", dataclass_types=types)
     return TrlParser(types, prog=prog)
 
 
