@@ -63,6 +63,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RouterStats": ".routing",
         "RoutingContext": ".routing",
         "active_compute": ".active_compute",
+        "assemble_llava": ".models.moe_llava.assemble",
         "attribute_experts": ".attribution",
         "convert_to_readme": ".upcycling",
         "create_model_card": ".model_cards",

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil
+from transformers import AddedToken, AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 
@@ -34,7 +34,7 @@ def released_processor(tokenizer: str | os.PathLike, tower: str, vision_config: 
             f"no tokenizer could be loaded from {os.fspath(tokenizer)!r} without code of its own. Pass `tokenizer`, "
             'such as "stabilityai/stablelm-2-1_6b" for the StableLM releases.'
         ) from error
-    loaded.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    loaded.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.unk_token or loaded.eos_token
     try:
