@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -219,25 +221,42 @@ def test_the_schedule_is_the_papers(tmp_path):
     assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (0.01, "cosine", 0.03)
 
 
-def test_the_script_goes_through_the_stages(processor, tmp_path):
-    model = fitted(dense_llava, processor)
-    model.save_pretrained(tmp_path / "0")
+@pytest.fixture
+def words(processor, tmp_path):
+    """Function `stage -> arguments` of the script; the dense model of stage 0 and the data are there."""
+    fitted(dense_llava, processor).save_pretrained(tmp_path / "0")
     processor.save_pretrained(tmp_path / "0")
     rows("messages").to_parquet(tmp_path / "data" / "train.parquet")
-    quiet = ["--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True", "--max_steps", "1",
-             "--per_device_train_batch_size", "2", "--activation_checkpointing", "False",
-             "--dataset_name", str(tmp_path / "data")]  # fmt: skip
-    for stage in ("1", "2", "3"):
-        paths = ["--model_name_or_path", str(tmp_path / str(int(stage) - 1)), "--output_dir", str(tmp_path / stage)]
-        parsed = script.make_parser().parse_args_and_config(
-            ["--stage", stage, *paths, *quiet], fail_with_unknown_args=False
-        )
-        script.main(*parsed)
+
+    def of(stage):
+        paths = ["--model_name_or_path", str(tmp_path / str(stage - 1)), "--output_dir", str(tmp_path / str(stage)),
+                 "--dataset_name", str(tmp_path / "data")]  # fmt: skip
+        quiet = ["--use_cpu", "--bf16", "False", "--report_to", "none", "--disable_tqdm", "True", "--max_steps", "1",
+                 "--per_device_train_batch_size", "2", "--activation_checkpointing", "False"]  # fmt: skip
+        return ["--stage", str(stage), *paths, *quiet]
+
+    return of
+
+
+def test_the_script_goes_through_the_stages(words, tmp_path):
+    for stage in (1, 2, 3):
+        script.main(*script.make_parser().parse_args_and_config(words(stage), fail_with_unknown_args=False))
     kinds = [json.loads((tmp_path / stage / "config.json").read_text())["model_type"] for stage in "123"]
     assert kinds == ["llava", "llava", "moe_llava"]
     moe = AutoModelForImageTextToText.from_pretrained(tmp_path / "3")
     assert moe.config.num_experts == 4 and (tmp_path / "3" / "processor_config.json").is_file()
     assert "moe-llava" in METHODS
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_last_stage(words, tmp_path):
+    (tmp_path / "0").rename(tmp_path / "2")
+    command = [sys.executable, "-m", "hf_moe.cli", "train", "moe-llava", *words(3)]
+    run = subprocess.run(
+        [*command, "--multi_gpu", "--num_processes", "2"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "3")) is MoeLlavaForConditionalGeneration
 
 
 def test_what_no_stage_can_do_is_refused():
