@@ -302,6 +302,7 @@ def test_bfloat16_is_close_and_keeps_routers_in_float32(tmp_path):
     torch.testing.assert_close(got.logits.float(), expected, rtol=0, atol=0.05)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_computes_the_same():
     model = moe_llava(implementation={"experts_implementation": "grouped_mm"})
