@@ -18,7 +18,23 @@ from transformers.integrations import use_experts_implementation
 from .registry import register_experts
 
 
-__all__ = ["BiasedMlpExperts", "BiasedSwiGLUExperts", "MlpExperts", "StackedExperts", "SwiGLUExperts"]
+__all__ = ["BiasedMlpExperts", "BiasedSwiGLUExperts", "MlpExperts", "StackedExperts", "SwiGLUExperts", "sort_slots"]
+
+
+def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The slots expert by expert, empty ones last.
+
+    Args:
+        top_k_index (`torch.Tensor` of shape `(T, K)`): Experts; N marks an empty slot.
+        num_experts (`int`): N.
+
+    Returns:
+        `token, order` of shape `(T K,)`: the token of each slot in this order, and the slot itself; and where the slots
+        of each expert end.
+    """
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True)
+    return order // top_k_index.shape[-1], order, ends.tolist()
 
 
 class StackedExperts(nn.Module):
@@ -79,10 +95,7 @@ class StackedExperts(nn.Module):
         Returns:
             `torch.Tensor` of shape `(T, D)`.
         """
-        slots = top_k_index.shape[-1]
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).tolist()
-        token = order // slots
+        token, order, ends = sort_slots(top_k_index, self.num_experts)
         weight = top_k_weights.reshape(-1)[order]
         output = torch.zeros_like(hidden_states)
         # Views made by one `unbind` share one backward; indexing in the loop would add a full gradient per expert.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from hf_moe.experts.stacked import sort_slots
 from hf_moe.experts.ternary_rounding import round_activations, ternary_codes
 
 from .packing import pack, packed_rows, unpack
@@ -115,9 +116,7 @@ class PackedTernaryExperts(nn.Module):
         Returns:
             `torch.Tensor` of shape `(T, D)`.
         """
-        expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-        ends = torch.searchsorted(expert, torch.arange(self.num_experts, device=expert.device), right=True).tolist()
-        token = order // top_k_index.shape[-1]
+        token, order, ends = sort_slots(top_k_index, self.num_experts)
         weight = top_k_weights.reshape(-1)[order]
         tokens = round_activations(hidden_states, self.activation_bits)
         output, start = torch.zeros_like(hidden_states), 0
