@@ -29,8 +29,8 @@ def sort_slots(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tenso
         num_experts (`int`): N.
 
     Returns:
-        `token, order` of shape `(T K,)`: the token of each slot in this order, and the slot itself; and where the slots
-        of each expert end.
+        `token, order` of shape `(T K,)`: the token of each slot in this order, and the slot itself; and where the
+        slots of each expert end.
     """
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     ends = torch.searchsorted(expert, torch.arange(num_experts, device=expert.device), right=True)
