@@ -51,7 +51,8 @@ def prediction_discrepancy(
     """Symmetric divergence of the predicted distributions, (KL(p||q) + KL(q||p)) / 2, a mean over sequences or, of
     models that predict at every token, over tokens; the squared difference of logits of regression.
 
-    [MoEBERT](https://huggingface.co/papers/2204.07675), prediction loss. Start and end positions of answers count half each.
+    [MoEBERT](https://huggingface.co/papers/2204.07675), prediction loss. Start and end positions of answers count half
+    each.
 
     Args:
         student, teacher (`Mapping`): Model outputs with `logits` of shape `(B, C)` or `(B, S, C)`, or `start_logits`
