@@ -68,7 +68,8 @@ _GPT2_SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_STABLELM_SIZES = {**_LLAMA_SIZES, "qk_layernorm": True, "use_qkv_bias": True}
+# All of a head is rotated: of a quarter of 8 channels, dynamic rotary embeddings are not defined.
+_STABLELM_SIZES = {**_LLAMA_SIZES, "qk_layernorm": True, "use_qkv_bias": True, "partial_rotary_factor": 1.0}
 # MoE in every layer, two experts per token, whatever the type does by itself.
 _EVERY_LAYER = {"moe_layers": "all", "num_experts_per_tok": 2}
 _BERT_SIZES = {
