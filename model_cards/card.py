@@ -28,7 +28,9 @@ PIPELINES = {
     "ForTokenClassification": "token-classification",
     "Model": "feature-extraction",
 }
+VISION_LANGUAGE = "image-text-to-text"
 AUTO_CLASSES = {
+    VISION_LANGUAGE: "AutoModelForImageTextToText",
     "text-generation": "AutoModelForCausalLM",
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
@@ -180,14 +182,21 @@ def _architecture(model: "PreTrainedModel") -> dict[str, Any]:
 def _loading(model: "PreTrainedModel", repo_id: str, pipeline: str | None) -> str:
     auto_class = AUTO_CLASSES.get(pipeline or "", "AutoModel")
     native = type(model.config).__module__.startswith("transformers.")
-    lines = [f"from transformers import {auto_class}, AutoTokenizer"]
+    sees_images = pipeline == VISION_LANGUAGE
+    reader, kind = ("processor", "AutoProcessor") if sees_images else ("tokenizer", "AutoTokenizer")
+    lines = [f"from transformers import {auto_class}, {kind}"]
     if not native:
         lines.insert(0, "import hf_moe  # pip install hf-moe")
     lines += [
         "",
         f'model = {auto_class}.from_pretrained("{repo_id}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        f'{reader} = {kind}.from_pretrained("{repo_id}")',
     ]
+    if sees_images:
+        lines += [
+            'inputs = processor(images=image, text="<image>What is this?", return_tensors="pt")',
+            "print(processor.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        ]
     if pipeline == "text-generation":
         lines += [
             'inputs = tokenizer("The river", return_tensors="pt")',
@@ -212,6 +221,8 @@ def _type_card(model_type: str) -> TypeCard | None:
 
 def _pipeline(model: "PreTrainedModel") -> str | None:
     name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and getattr(model.config, "vision_config", None) is not None:
+        return VISION_LANGUAGE
     return next((pipeline for suffix, pipeline in PIPELINES.items() if name.endswith(suffix)), None)
 
 

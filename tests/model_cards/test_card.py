@@ -146,6 +146,15 @@ def test_another_head_gets_its_own_pipeline_and_loading_lines():
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text
 
 
+def test_a_model_that_sees_images_is_loaded_with_its_processor():
+    from common.tiny_llava import moe_llava
+
+    card = create_model_card(moe_llava())
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "AutoModelForImageTextToText, AutoProcessor\n" in card.text and "2401.15947" in card.text
+    assert "AutoTokenizer" not in card.text and "processor(images=image" in card.text
+
+
 def test_the_shim_is_mentioned_only_where_there_is_one(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert "`trust_remote_code=True` replaces `import hf_moe`" in create_model_card(model).text
