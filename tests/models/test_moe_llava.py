@@ -137,6 +137,8 @@ def test_configs_survive_files_copies_and_pickles(tmp_path):
     [
         ({"image_token_index": 64}, r"`image_token_index` \(64\) is not in the vocabulary.*vocab_size` = 64"),
         ({"text_config": {"model_type": "moe_gpt2"}}, r"'moe_gpt2', which is no MoE decoder.*'moe_stablelm'"),
+        ({"text_config": {"model_type": "moe_bert"}}, r"'moe_bert', which is no MoE decoder"),
+        ({"text_config": {"model_type": "upcycled_gemma", "moe_modules": ["layers.0.mlp"]}}, r"'upcycled_gemma'"),
         ({"text_config": {"model_type": "gemma"}}, r"'gemma', which is no MoE decoder.*'phi'"),
         ({"text_config": {"model_type": "mistral", "sliding_window": 8}}, r"sliding.window"),
         ({"num_experts_per_tok": 5}, r"`num_experts_per_tok` must be between 1 and.*\(4\), got 5"),
@@ -162,6 +164,15 @@ def test_outputs_carry_the_routing(text_type):
     base = model.model(**inputs, output_router_logits=True)
     assert all(map(torch.equal, base.router_logits, output.router_logits))
     assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("model_type", ["moe_plus_plus", "dynamic_moe"])
+def test_other_moe_decoders_of_the_package_can_be_the_language_model(model_type):
+    config = MoeLlavaConfig(
+        vision_config=VISION, text_config={"model_type": model_type, **TEXT}, image_token_index=IMAGE_TOKEN
+    )
+    output = MoeLlavaForConditionalGeneration(config).eval()(**llava_inputs(), output_router_logits=True)
+    assert output.aux_loss.isfinite() and {logits.shape[0] for logits in output.router_logits} == {28}
 
 
 def test_each_row_of_a_batch_is_computed_alone():

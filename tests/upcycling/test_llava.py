@@ -64,6 +64,11 @@ def test_other_recipes_are_exact_too(recipe):
     assert gap(moe, dense) <= 1e-5
 
 
+def test_without_renormalising_the_function_changes_and_the_report_says_so():
+    _, report = upcycle_llava(dense_llava(), weights="softmax", scale=1.0)
+    assert not report.predicted_exact and report.measured.max_difference > 0.01
+
+
 def test_upcycle_finds_the_language_model_among_the_towers():
     dense = dense_llava()
     names = [site.name for site in locate_feed_forwards(dense)]

@@ -12,7 +12,7 @@ from hf_moe.models.configuration import MoeConfigMixin, parse_moe_layers
 from hf_moe.registration import load_modeling
 
 
-__all__ = ["PLACEMENTS", "MoeLlavaConfig", "moe_text_config", "paper_fields"]
+__all__ = ["PLACEMENTS", "MoeLlavaConfig", "TextFieldsMixin", "moe_text_config", "paper_fields"]
 
 #: The paper's names for choices of layers, besides "first_half" and "second_half".
 PLACEMENTS = {"sparse": "every:2:0", "dense": "all"}
@@ -104,14 +104,43 @@ def moe_text_config(text_config: Any, **moe_fields: Any) -> PreTrainedConfig:
 
 def is_moe_decoder(text_config: Any) -> bool:
     """Whether a config is that of a MoE decoder of this package in Llama's layout, the one that LLaVA's heads know."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+    from hf_moe.models.modeling import MoeModelMixin
+
+    kind: Any = type(text_config)
     is_moe = isinstance(text_config, MoeConfigMixin) and text_config.moe_block_path == "layers.*.mlp"
-    return is_moe and type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not is_moe or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    model_class: Any = MODEL_MAPPING[kind]
+    return issubclass(model_class, MoeModelMixin)
+
+
+class TextFieldsMixin:
+    """A composite config whose fields about experts live in `text_config`, and are read and set here too."""
+
+    def __setstate__(self, state: dict) -> None:
+        # A config unpickled in a fresh process never runs `__post_init__`.
+        self.__dict__.update(state)
+        load_modeling(type(self))
+
+    def __getattr__(self, name: str) -> Any:
+        # Asked only for what the composite has not.
+        text_config = self.__dict__.get("text_config")
+        if name in TEXT_FIELDS | DERIVED and text_config is not None:
+            return getattr(text_config, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text_config = self.__dict__.get("text_config")
+        if name in TEXT_FIELDS and text_config is not None:
+            setattr(text_config, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 @strict
-class MoeLlavaConfig(LlavaConfig):
+class MoeLlavaConfig(TextFieldsMixin, LlavaConfig):
     r"""Configuration of [`MoeLlavaModel`]: every field of `LlavaConfig`, and those of
     [`~hf_moe.models.configuration.MoeConfigMixin`], which are handed on to `text_config` and can be read and set here.
 
@@ -177,25 +206,6 @@ class MoeLlavaConfig(LlavaConfig):
         super().__post_init__(**kwargs)
         # `@strict` checks again, but wraps what it catches in an error that is no ValueError.
         self.validate_architecture()
-
-    def __setstate__(self, state: dict) -> None:
-        # A config unpickled in a fresh process never runs `__post_init__`.
-        self.__dict__.update(state)
-        load_modeling(type(self))
-
-    def __getattr__(self, name: str) -> Any:
-        # Asked only for what the composite has not.
-        text_config = self.__dict__.get("text_config")
-        if name in TEXT_FIELDS | DERIVED and text_config is not None:
-            return getattr(text_config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        text_config = self.__dict__.get("text_config")
-        if name in TEXT_FIELDS and text_config is not None:
-            setattr(text_config, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def validate_architecture(self):
         """Checked when the config is constructed and saved.
