@@ -26,7 +26,9 @@ COMMANDS: dict[str, Command] = {
     "upcycle": Command("hf_moe.upcycling.command", "turn a dense checkpoint into a Mixture-of-Experts checkpoint"),
     "grow": Command("hf_moe.upcycling.growth.command", "turn a dense checkpoint into a larger dense checkpoint"),
     "refactor": Command("hf_moe.upcycling.refactor_command", "turn a dense checkpoint into a Read-ME checkpoint"),
-    "prune": Command("hf_moe.upcycling.prune_command", "keep some of the experts of a checkpoint, by use or at random"),
+    "prune": Command(
+        "hf_moe.upcycling.prune_command", "keep some of the experts of a checkpoint, by use or at random"
+    ),
     "aggregate": Command("hf_moe.upcycling.aggregate_command", "put the experts of two checkpoints into one"),
     "convert": Command("hf_moe.convert", "load a checkpoint that its authors released in a layout of their own"),
     "train": Command("hf_moe.trainers.command", "fine-tune with one of the training scripts, under accelerate launch"),

@@ -25,7 +25,7 @@ def chunked_divergence(
     temperature: float = 1.0,
     chunk_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Sums over positions of T^2 KL(p_T || p_S) = T^2 \sum_v p_T(v) (log p_T(v) - log p_S(v)) with p = softmax(z / T),
+    r"""Sums over positions of T^2 KL(p_T || p_S) = T^2 \sum_v p_T(v) (log p_T(v) - log p_S(v)), p = softmax(z / T),
     and of the cross-entropy of the student with the targets.
 
     Logits exist for one chunk at a time, of the student and of the teacher: the student's are made again in the

@@ -217,7 +217,8 @@ def test_models_that_read_images_are_distilled(tmp_path):
     inputs = llava_inputs(padding="right", image_token=127)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[:, :6] = -100
-    rows = Dataset.from_list([{name: t[i].tolist() for name, t in {**inputs, "labels": labels}.items()} for i in (0, 1)])
+    tensors = {**inputs, "labels": labels}
+    rows = Dataset.from_list([{name: tensor[i].tolist() for name, tensor in tensors.items()} for i in (0, 1)])
     trainer = MimicDistillationTrainer(
         student,
         args=args,
@@ -237,7 +238,9 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         build(tmp_path, student, student)
     with pytest.raises(TypeError, match="`teacher_model` must be a transformers model"):
         build(tmp_path, student, 3)
-    with pytest.raises(ValueError, match="the tokenizer knows 128 tokens, but the vocabularies of .* have 128 and 64"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer knows 128 tokens, but the vocabularies of .* have 128 and 64"
+    ):
         build(tmp_path, student, dense(1, vocab_size=64))
     llava = dense_llava()
     with pytest.raises(ValueError, match="only one reads images"):

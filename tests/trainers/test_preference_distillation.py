@@ -110,7 +110,7 @@ def test_a_teacher_may_run_on_a_device_of_its_own(tmp_path):
 def test_wrong_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'kto_pair' cannot be mixed with other losses"):
         arguments(PreferenceDistillationConfig, tmp_path, loss_type=["kto_pair", "sigmoid"])
-    with pytest.raises(ValueError, match="`ld_alpha=0.5` has no meaning with"):
+    with pytest.raises(ValueError, match=r"`ld_alpha=0\.5` has no meaning with"):
         arguments(PreferenceDistillationConfig, tmp_path, loss_type=["kto_pair"], ld_alpha=0.5)
     student, teacher = tiny_moe(), tiny_moe(seed=1)
     options = {"args": arguments(PreferenceDistillationConfig, tmp_path), "train_dataset": preferences(2)}

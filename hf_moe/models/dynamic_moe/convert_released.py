@@ -128,8 +128,8 @@ def released_config(released: Any) -> DynamicMoeConfig:
     num_experts = released.get("num_experts") if isinstance(released, dict) else None
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(
-            f"`num_experts` of a released Dynamic_MoE config must be a whole number above 0, got {num_experts!r}. Give "
-            "a checkpoint with the files of AnLan577/Dynamic_MoE."
+            f"`num_experts` of a released Dynamic_MoE config must be a whole number above 0, got {num_experts!r}. "
+            "Give a checkpoint with the files of AnLan577/Dynamic_MoE."
         )
     frequency, p = released.get("expert_frequency", 2), released.get("top_p_threshold", 0.4)
     if not isinstance(frequency, int) or frequency < 1:
