@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 __all__ = [
     "announce_config",
+    "announce_processor",
     "ensure_peft_type",
     "load_modeling",
     "register_adapter",
@@ -59,6 +60,25 @@ def announce_config(model_type: str, name: str, resolve: Callable[[], type]) -> 
     """
     namespace = {"__module__": __name__, "model_type": model_type, "resolve": staticmethod(resolve)}
     AutoConfig.register(model_type, _Placeholder(name, (), namespace), exist_ok=True)
+
+
+def announce_processor(name: str, resolve: Callable[[], type]) -> None:
+    """Makes a processor known to `AutoProcessor` without importing it.
+
+    `AutoProcessor` looks the class up by the name in `processor_config.json`, before there is any config, and returns
+    the bare tokenizer where it finds none, silently.
+
+    Args:
+        name (`str`): Name of the processor class.
+        resolve (`Callable`): Returns it.
+    """
+    namespace = {"__module__": __name__, "resolve": staticmethod(resolve)}
+    stand_in = _Placeholder(name, (), namespace)
+    # Keys are config classes, and looked up by them later: this one only has to be no other's.
+    when_imported(
+        "transformers.models.auto.processing_auto",
+        lambda auto: auto.AutoProcessor.register(stand_in, stand_in, exist_ok=True),
+    )
 
 
 def register_config(config_class: type, modeling: Callable[[], dict[str, type]]) -> None:

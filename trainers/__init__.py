@@ -84,6 +84,7 @@ _EXPORTS: dict[str, str] = {
     "optimizer_groups": ".parameter_groups",
     "parameter_roles": ".parameter_groups",
     "set_moe_tuning_stage": ".moe_tuning",
+    "set_uni_moe_stage": ".uni_moe_stages",
     "temperature_sampling": ".denoising",
     "train_only_experts": ".mote_trainer",
     "pill_learning_rate": ".pill_schedule",
@@ -91,6 +92,7 @@ _EXPORTS: dict[str, str] = {
     "train_evomoe": ".evomoe",
     "prediction_discrepancy": ".distillation_losses",
     "evaluate_at_k": ".slimming",
+    "uni_moe_lora_config": ".uni_moe_stages",
 }
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib import import_module
 
-from hf_moe.registration import announce_config
+from hf_moe.registration import announce_config, announce_processor
 
 
 # One line per model type: the folder, whose `__init__` registers the type, and the name of its config class.
@@ -26,7 +26,10 @@ MODEL_TYPES = {
     "pr_moe": ("pr_moe", "PrMoeConfig"),
     "read_me": ("read_me", "ReadMeConfig"),
     "softmax_gaussian_moe": ("softmax_gaussian_moe", "SoftmaxGaussianMoEConfig"),
+    "uni_moe": ("uni_moe", "UniMoeConfig"),
 }
+#: Model types with a processor class of their own.
+PROCESSORS = {"uni_moe": "UniMoeProcessor"}
 #: `upcycled_<type>` exists for every dense type of transformers.
 UPCYCLED_PREFIX = "upcycled_"
 
@@ -43,6 +46,10 @@ def _upcycled(dense_type: str) -> type:
     return import_module(f"{__name__}.upcycled").upcycled_config_class(dense_type)
 
 
+def _processor(model_type: str) -> type:
+    return getattr(import_module(f"{__name__}.{MODEL_TYPES[model_type][0]}"), PROCESSORS[model_type])
+
+
 def _announce() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -50,6 +57,8 @@ def _announce() -> None:
         announce_config(model_type, name, partial(config_class, model_type))
     for dense_type, name in CONFIG_MAPPING_NAMES.items():
         announce_config(UPCYCLED_PREFIX + dense_type, f"Upcycled{name}", partial(_upcycled, dense_type))
+    for model_type, name in PROCESSORS.items():
+        announce_processor(name, partial(_processor, model_type))
 
 
 _announce()

@@ -1,0 +1,309 @@
+"""Uni-MoE: encoders and connectors in front of a MoE language model, whose routing reaches the outputs.
+
+Shapes: B batch, S sequence (media included), M media items, D hidden, N experts, K per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from hf_moe.models.modeling import MoeCausalLMOutput, MoeModelOutput, MoePreTrainedMixin, RouterLossesMixin
+
+from .configuration_uni_moe import ENCODERS, UniMoeConfig
+from .connectors import QueryConnector, build_connector
+from .encoders import audio_features, build_encoder, image_features, running, speech_features, video_features
+from .splice import INPUTS, check_inputs, expand_media, splice
+
+
+__all__ = ["UniMoeForConditionalGeneration", "UniMoeModel", "UniMoePreTrainedModel"]
+
+
+class UniMoePreTrainedModel(MoePreTrainedMixin, PreTrainedModel):
+    """Base of the `uni_moe` classes."""
+
+    config: UniMoeConfig
+    config_class = UniMoeConfig
+    base_model_prefix = "model"
+    input_modalities: Any = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, QueryConnector):
+            init.normal_(module.queries, mean=0.0, std=module.std)
+
+    def _grouped_mm_can_dispatch(self) -> bool:
+        # The language model asks for itself; the encoders have no experts.
+        return super(MoePreTrainedMixin, self)._grouped_mm_can_dispatch()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; frozen encoders stay frozen."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # Loading makes parameters anew, and they then want gradients.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_encoders()
+        return loaded
+
+    def freeze_encoders(self) -> None:
+        """Turns the gradients of the encoders off where the config says so."""
+        trunk: Any = self.base_model
+        if self.config.freeze_encoders:
+            for encoder in trunk.encoders().values():
+                encoder.requires_grad_(False)
+
+    def _set_gradient_checkpointing(self, *args, **kwargs):
+        # Encoders and connectors are small beside the language model, and most run without gradients.
+        trunk: Any = self.base_model
+        trunk.language_model._set_gradient_checkpointing(*args, **kwargs)
+
+
+class UniMoeModel(UniMoePreTrainedModel):
+    """Encoders, connectors and the MoE language model, without a head."""
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        for encoder in dict.fromkeys(ENCODERS.values()):
+            part = getattr(config, f"{encoder}_config")
+            if part is not None:
+                connector = "image" if encoder == "vision" else encoder
+                self.add_module(f"{encoder}_encoder", build_encoder(part))
+                self.add_module(f"{connector}_connector", build_connector(config, connector))
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+        self.freeze_encoders()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoders there are: `"vision"`, `"speech"`, `"audio"`."""
+        return {
+            name: getattr(self, f"{name}_encoder") for name in ENCODERS.values() if f"{name}_encoder" in self._modules
+        }
+
+    def connectors(self) -> dict[str, nn.Module]:
+        """The connectors there are: `"image"`, `"speech"`, `"audio"`."""
+        names = ("image", "speech", "audio")
+        return {name: getattr(self, f"{name}_connector") for name in names if f"{name}_connector" in self._modules}
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embeddings of the language model."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+    def encode(self, modality: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the language model for the media of one modality.
+
+        Args:
+            modality (`str`): `"image"`, `"video"`, `"speech"` or `"audio"`.
+            values (`torch.Tensor`): Images `(M, 3, H, W)`, videos `(M, F, 3, H, W)`, Whisper's features of 30 s
+                segments `(M, mels, frames)`, or spectrograms `(M, frames, mels)`.
+            mask (`torch.Tensor` of shape `(M, frames)`, *optional*): 1 where a spectrogram has sound.
+
+        Returns:
+            `torch.Tensor` of shape `(M, rows, D)`.
+
+        Raises:
+            ValueError: a modality without encoder.
+        """
+        check_inputs(self.config, {modality: values}, {})
+        encoder = getattr(self, f"{ENCODERS[modality]}_encoder")
+        connector = getattr(self, f"{'image' if modality == 'video' else modality}_connector")
+        rows, row_mask = None, None
+        with running(encoder, self.config.freeze_encoders):
+            if modality == "image":
+                rows = image_features(encoder, values, self.config.vision_feature_layer)
+            elif modality == "video":
+                rows = video_features(encoder, values, self.config.vision_feature_layer, self.config.video_pool)
+            elif modality == "speech":
+                rows = speech_features(encoder, values)
+            else:
+                rows, row_mask = audio_features(encoder, values, mask)
+        return connector(rows.to(next(connector.parameters()).dtype), row_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_values: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutput:
+        """Hidden states of the language model, with `router_logits` and `router_indices` where
+        `output_router_logits`. Media are in the order of their placeholders, over the whole batch.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(M, 3, H, W)`, *optional*): Images.
+            pixel_values_videos (`torch.Tensor` of shape `(M, F, 3, H, W)`, *optional*): Videos.
+            input_features (`torch.Tensor` of shape `(M, mels, frames)`, *optional*): Speech, in segments of 30 s.
+            audio_values (`torch.Tensor` of shape `(M, frames, mels)`, *optional*): Sounds, in segments.
+            audio_mask (`torch.Tensor` of shape `(M, frames)`, *optional*): Where they are no padding.
+
+        Raises:
+            ValueError: media of a modality without encoder; placeholders without media, or another number of them
+                than the connector gives.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        given = dict(zip(INPUTS, (pixel_values, pixel_values_videos, input_features, audio_values), strict=True))
+        media: dict[str, torch.Tensor] = {name: values for name, values in given.items() if values is not None}
+        check_inputs(self.config, media, kwargs)
+        embeds: Any = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        rows = {name: self.encode(name, values, audio_mask) for name, values in media.items()}
+        embeds = splice(self.config, input_ids, embeds, rows, past_key_values)
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=embeds,
+            output_router_logits=output_router_logits,
+            routing_input_ids=input_ids,
+            **kwargs,
+        )
+
+
+class UniMoeForConditionalGeneration(RouterLossesMixin, UniMoePreTrainedModel, GenerationMixin):
+    """Uni-MoE ([2405.11273](https://huggingface.co/papers/2405.11273)): answers in text about text, images, videos,
+    speech and sounds.
+
+    Inputs come from [`UniMoeProcessor`]. One is made from a dense language model and pretrained encoders by
+    [`upcycle_uni_moe`], and from several tuned models by [`combine_uni_moe`].
+
+    Example:
+
+    ```python
+    >>> inputs = processor(text="<speech>What was said?", speech=[waveform], return_tensors="pt")
+    >>> answer = model.generate(**inputs, max_new_tokens=20)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: UniMoeConfig):
+        super().__init__(config)
+        self.model = UniMoeModel(config)
+        text: Any = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.refuse_pooled_losses()
+        self.post_init()
+
+    @property
+    def router_trunk(self) -> Any:
+        """The stack of layers the router losses are about."""
+        return self.model.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embeddings of the language model."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embeddings of the language model."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        audio_values: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutput:
+        """Next-token logits; `loss` = cross-entropy + router losses where `labels` are given. Labels at placeholders
+        do not count, whatever they are. Media: see [`UniMoeModel.forward`].
+
+        Args:
+            output_router_logits (`bool`, *optional*): Return `router_logits`, `router_indices` and `aux_loss`.
+                In training they are recorded, and the losses applied, whatever this says.
+
+        Raises:
+            ValueError: see [`UniMoeModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            input_features=input_features,
+            audio_values=audio_values,
+            audio_mask=audio_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            output_router_logits=self.wants_routing(output_router_logits),
+            **kwargs,
+        )
+        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            if input_ids is not None:
+                for token_id in self.config.token_ids.values():
+                    labels = labels.masked_fill(input_ids == token_id, -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
+        shifted = kwargs.get("shift_labels") is not None
+        counted = kwargs["shift_labels"] if shifted else labels
+        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
+        return MoeCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.all_router_logits,
+            router_indices=outputs.router_indices,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool | None = False, **kwargs):
+        """As in transformers; media go into the first step only, later ones find them in the cache."""
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in (*INPUTS.values(), "audio_mask")}
+        plain: Any = super()
+        return plain.prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        if expand_size > 1 and input_ids is not None:
+            media = expand_media(self.config, input_ids, kwargs, expand_size)
+            kwargs = {name: value for name, value in kwargs.items() if name not in media}
+        else:
+            media = {}
+        plain: Any = super()
+        input_ids, kwargs = plain._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return input_ids, {**kwargs, **media}
