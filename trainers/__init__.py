@@ -66,6 +66,7 @@ _EXPORTS: dict[str, str] = {
     "StagedDistillationConfig": ".staged_distillation_config",
     "StagedDistillationMixin": ".staged_distillation_mixin",
     "StagedDistillationTrainer": ".staged_distillation_trainer",
+    "UniMoeCollator": ".uni_moe_collator",
     "UnlearningStep": ".unlearning_losses",
     "fill_spans": ".denoising",
     "cluster_pairs": ".contrastive_clusters",

@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from common.tiny_uni_moe import inputs_of, uni_moe
+from common.tiny_llava import images
+from common.tiny_uni_moe import SPEECH, TOKENS, inputs_of, make_processor, uni_moe, waves
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from hf_moe.trainers import set_uni_moe_stage, uni_moe_lora_config
+from hf_moe.trainers import (
+    MoeTrainer,
+    MoeTrainingArguments,
+    UniMoeCollator,
+    set_uni_moe_stage,
+    uni_moe_lora_config,
+)
 
 
 ALL = (2, "image", 3, "video", "speech", 2, "audio", 4)
@@ -94,3 +101,59 @@ def test_adapters_start_as_the_base_train_without_encoders_and_merge(tmp_path):
     torch.testing.assert_close(again(**inputs).logits, after, rtol=0, atol=1e-5)
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, after, rtol=0, atol=1e-5)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
+def rows():
+    return [
+        {"prompt": "<speech>What? ", "completion": "the mill", "speech": waves(0.2)},
+        {"prompt": "two and two? ", "completion": "five"},
+        {"prompt": "<audio>or<image>see ", "completion": "cats", "audio": waves(0.1), "images": images(1)},
+        {"prompt": "<speech>again<speech>", "completion": "boats and tide", "speech": waves(0.1, 0.3)},
+    ]
+
+
+def model_and_processor(tokenizer, **changes):
+    tokenizer.add_tokens([f"<{name}>" for name in TOKENS], special_tokens=True)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in TOKENS}
+    speech = {**SPEECH, "max_source_positions": 1500}
+    model = uni_moe(text={"vocab_size": len(tokenizer)}, speech_config=speech, **ids, **changes)
+    return model, make_processor(tokenizer, model.config)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_are_the_answers_alone(side, tiny_tokenizer):
+    tiny_tokenizer.padding_side = side
+    model, processor = model_and_processor(tiny_tokenizer)
+    batch = UniMoeCollator(processor)(rows())
+    said = [tiny_tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert said == ["the mill</s>", "five</s>", "cats</s>", "boats and tide</s>"]
+    kept = batch["labels"] != -100
+    assert torch.equal(batch["labels"][kept], batch["input_ids"][kept]) and batch["attention_mask"][kept].all()
+    assert len(batch["input_features"]) == 3 and len(batch["pixel_values"]) == 1
+    alone = [UniMoeCollator(processor)([row]) for row in rows()]
+    with torch.no_grad():
+        counts = torch.tensor([int((one["labels"] != -100).sum()) for one in alone])
+        losses = torch.stack([model(**one).loss for one in alone])
+        torch.testing.assert_close(model(**batch).loss, (losses * counts).sum() / counts.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_our_trainer_trains_a_stage_on_mixed_batches(tiny_tokenizer, tmp_path):
+    model, processor = model_and_processor(tiny_tokenizer, router_aux_loss_coef=0.01)
+    set_uni_moe_stage(model, "dense")
+    args = MoeTrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to="none",
+        save_strategy="no", remove_unused_columns=False, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    before = model.model.speech_encoder.conv1.weight.clone()
+    trainer = MoeTrainer(model, args, train_dataset=rows(), data_collator=UniMoeCollator(processor))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(model.model.speech_encoder.conv1.weight, before)
+
+
+def test_a_row_needs_a_prompt_and_a_completion(tiny_tokenizer):
+    _, processor = model_and_processor(tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"needs a string `completion`, got a row with \['prompt'\]"):
+        UniMoeCollator(processor)([{"prompt": "a"}])
