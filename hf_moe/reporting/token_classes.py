@@ -9,9 +9,15 @@ import torch
 
 __all__ = ["POSITION_BINS", "TOKEN_CLASSES", "class_of_each_id", "position_bin", "token_class", "token_text"]
 
-#: What [`token_class`] answers, in the order of tables and plots. `"special"` is decided by the tokenizer, `"image"`
-#: by the processor.
-TOKEN_CLASSES = ("word", "word part", "keyword", "number", "punctuation", "whitespace", "special", "image", "other")
+#: Classes of the tokens that stand for media.
+MEDIA_CLASSES = ("image", "video", "speech", "audio")
+#: What [`token_class`] answers, in the order of tables and plots. `"special"` is decided by the tokenizer, media by
+#: the processor.
+TOKEN_CLASSES = (
+    *("word", "word part", "keyword", "number", "punctuation", "whitespace", "special"),
+    *MEDIA_CLASSES,
+    "other",
+)
 #: First position of each bin.
 POSITION_STARTS = (0, 1, 4, 16, 64, 256, 1024)
 #: Names of the bins.
@@ -43,7 +49,7 @@ def token_class(text: str) -> str:
         text (`str`): The token with its space.
 
     Returns:
-        `str`: One of [`TOKEN_CLASSES`], never `"special"` or `"image"`.
+        `str`: One of [`TOKEN_CLASSES`], never `"special"` or one of media.
 
     Example:
         ```python
@@ -90,8 +96,8 @@ def class_of_each_id(
     """The class of each token id.
 
     Args:
-        tokenizer: A transformers tokenizer, whose special tokens are of class `"special"`; or a processor, whose image
-            token is of class `"image"`.
+        tokenizer: A transformers tokenizer, whose special tokens are of class `"special"`; or a processor, whose
+            placeholders are of class `"image"`, `"video"`, `"speech"` and `"audio"`.
         token_ids (`Iterable[int]`): The ids to sort.
         classes (`Callable[[str], str]`, *optional*): Text of a token to the name of its class; [`token_class`] by
             default.
@@ -103,14 +109,14 @@ def class_of_each_id(
         TypeError: `classes` answered something that is no text.
     """
     classes = classes or token_class
-    image_token_id = getattr(tokenizer, "image_token_id", None)
+    media = {getattr(tokenizer, f"{name}_token_id", None): name for name in MEDIA_CLASSES}
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     special = set(tokenizer.all_special_ids)
     found = {}
     for token_id in token_ids:
         text = token_text(tokenizer, token_id)
         name = "special" if token_id in special else classes(text)
-        name = "image" if token_id == image_token_id else name
+        name = media.get(token_id, name)
         if not isinstance(name, str):
             raise TypeError(f"`token_classes` must return the name of a class, got {name!r} for the token {text!r}.")
         found[token_id] = name

@@ -230,6 +230,20 @@ def test_frozen_encoders_have_no_gradients_and_checkpointing_changes_none():
     assert trained.model.speech_encoder.conv1.weight.grad.any()
 
 
+def test_a_batch_without_media_still_gives_connectors_gradients_under_data_parallelism():
+    model, inputs = uni_moe().train(), inputs_of(6, "image")
+    alone = model(**inputs, labels=inputs["input_ids"]).loss
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+    finally:
+        torch.distributed.destroy_process_group()
+    loss.backward()
+    assert torch.equal(loss, alone)
+    assert not any(p.grad is None for p in model.parameters() if p.requires_grad)
+    assert not any(p.grad.any() for p in model.model.speech_connector.parameters())
+
+
 def test_a_few_steps_reduce_the_loss():
     model, inputs = uni_moe(router_aux_loss_coef=0.01).train(), inputs_of(*ALL)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)

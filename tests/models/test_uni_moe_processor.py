@@ -9,6 +9,7 @@ from transformers import AutoProcessor
 
 from hf_moe import UniMoeProcessor
 from hf_moe.models.uni_moe.segments import sample_frames
+from hf_moe.reporting import routing_report
 
 
 def counts(processor, batch) -> list[int]:
@@ -81,6 +82,18 @@ def test_numbers_of_a_model_reach_its_processor_and_its_batches_the_model(tiny_t
     )  # fmt: skip
     assert counts(processor, batch) == [4, 12, 5, 5]
     assert model(**batch).logits.isfinite().all()
+
+
+def test_routing_reports_tell_media_apart(tiny_tokenizer):
+    tiny_tokenizer.add_tokens([f"<{name}>" for name in TOKENS], special_tokens=True)
+    ids = {f"{name}_token_id": tiny_tokenizer.convert_tokens_to_ids(f"<{name}>") for name in TOKENS}
+    speech = {**SPEECH, "max_source_positions": 1500}
+    model = uni_moe(text={"vocab_size": len(tiny_tokenizer)}, speech_config=speech, **ids)
+    processor = make_processor(tiny_tokenizer, model.config)
+    batch = processor(text="<image>a river<speech>", images=images(1), speech=waves(1), return_tensors="pt")
+    report = routing_report(model, processor, [batch])
+    assert {name: report.token_classes[name] for name in ("image", "speech")} == {"image": 4, "speech": 5}
+    assert all(sum(layer.class_load["speech"]) == pytest.approx(1) for layer in report.layers)
 
 
 @pytest.mark.parametrize("parts", [("image", "speech", "audio"), ("speech",), ("image",), ()])

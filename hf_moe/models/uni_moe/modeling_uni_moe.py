@@ -32,6 +32,8 @@ class UniMoePreTrainedModel(MoePreTrainedMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: Any = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
+    # Beside those of the encoders and the language model.
+    _no_split_modules = ["Blip2QFormerLayer", "WhisperDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -133,6 +135,17 @@ class UniMoeModel(UniMoePreTrainedModel):
                 rows, row_mask = audio_features(encoder, values, mask)
         return connector(rows.to(next(connector.parameters()).dtype), row_mask)
 
+    def _with_every_connector(self, embeds: torch.Tensor, media: Any) -> torch.Tensor:
+        """Under data parallelism every rank has to give every connector a gradient, and the batch of one may have no
+        speech while that of another has."""
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (parallel and self.training and torch.is_grad_enabled()):
+            return embeds
+        read = {"image" if modality == "video" else modality for modality in media}
+        idle = [connector for name, connector in self.connectors().items() if name not in read]
+        parameters = [p for connector in idle for p in connector.parameters() if p.requires_grad]
+        return embeds + sum((0 * p.sum()).to(embeds) for p in parameters) if parameters else embeds
+
     @can_return_tuple
     def forward(
         self,
@@ -170,7 +183,7 @@ class UniMoeModel(UniMoePreTrainedModel):
         check_inputs(self.config, media, kwargs)
         embeds: Any = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         rows = {name: self.encode(name, values, audio_mask) for name, values in media.items()}
-        embeds = splice(self.config, input_ids, embeds, rows, past_key_values)
+        embeds = self._with_every_connector(splice(self.config, input_ids, embeds, rows, past_key_values), media)
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
