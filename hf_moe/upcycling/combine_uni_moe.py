@@ -67,7 +67,7 @@ def combine_uni_moe(
     fields = {**{k: v for k, v in fields.items() if k not in OWN}, "text_config": text, **config_fields}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        combined: Any = UniMoeForConditionalGeneration._from_config(UniMoeConfig(**fields), dtype=base.dtype)
+        combined: Any = UniMoeForConditionalGeneration._from_config(UniMoeConfig(**fields), dtype=torch.float32)
     weights = combined.state_dict()
     banks = [source.state_dict() for source in sources]
     for name in weights:
@@ -76,10 +76,12 @@ def combine_uni_moe(
         elif ".language_model." in name and (".mlp.gate." in name or "load_balancer." in name):
             continue  # new routers
         elif name in banks[0]:
-            weights[name] = banks[0][name]
+            weights[name] = banks[0][name].clone()
         else:  # of a modality that the first model has not
-            weights[name] = next(bank[name] for bank in banks if name in bank)
-    combined.load_state_dict(weights)
+            weights[name] = next(bank[name] for bank in banks if name in bank).clone()
+    combined.load_state_dict(weights, assign=True)  # each tensor keeps its dtype; routers are in float32
+    combined.tie_weights()
+    combined.config.dtype = base.model.language_model.dtype
     combined.generation_config = base.generation_config
     return combined.to(base.device).eval()
 

@@ -33,7 +33,7 @@ def upcycle_uni_moe(
     The language model becomes sparse by [`upcycle`], unless it is already; `experts=FromModels([...])` starts the
     experts from models tuned on different modalities, as the paper does. The encoders' weights are taken over, and a
     Whisper's decoder becomes the connector of speech; all else in the connectors is new and waits for the alignment
-    stage. Parts are copied: what was passed stays as it was.
+    stage. Parts are copied, in the language model's dtype: what was passed stays as it was.
 
     Args:
         language_model (`PreTrainedModel` or `str`): Dense, of a type with a backbone here, or a MoE of this package.
@@ -90,12 +90,16 @@ def upcycle_uni_moe(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = UniMoeForConditionalGeneration._from_config(config, dtype=sparse.dtype)
+        model: Any = UniMoeForConditionalGeneration._from_config(config, dtype=torch.float32)
+    config.dtype = sparse.dtype
     _copy(sparse.base_model, model.model.language_model)
     _copy(head, model.lm_head)
     for name, part in parts.items():
         if part is not None:
             _take_encoder(name, part, model.model)
+    for new in (*model.model.encoders().values(), *model.model.connectors().values()):
+        new.to(sparse.dtype)
+    model.tie_weights()
     model.generation_config = sparse.generation_config
     return model.to(sparse.device).eval(), report
 
@@ -114,4 +118,5 @@ def _take_encoder(name: str, source: Any, model: Any) -> None:
 
 
 def _copy(source: Any, target: Any) -> None:
-    target.load_state_dict(source.state_dict())
+    # Each tensor keeps its dtype: routers are in float32 in half-precision models too.
+    target.load_state_dict({name: tensor.clone() for name, tensor in source.state_dict().items()}, assign=True)

@@ -115,6 +115,24 @@ def test_separately_tuned_models_become_experts_of_one():
     torch.testing.assert_close(both.model.encode("speech", values), speech.model.encode("speech", values))
 
 
+@torch.no_grad()
+def test_half_precision_and_tied_embeddings_stay_and_routers_are_in_float32():
+    base = LlamaForCausalLM(LlamaConfig(**{**TEXT, "tie_word_embeddings": True})).to(torch.bfloat16).eval()
+    fields = {"speech_token_id": TOKENS["speech"]}
+    whisper = encoders()["speech_model"].model
+    moe, _ = upcycle_uni_moe(base, num_experts=1, top_k=1, speech_model=whisper, config_fields=fields, check=False)
+    both = combine_uni_moe([moe, moe])
+    for model in (moe, both):
+        assert model.lm_head.weight is model.get_input_embeddings().weight and model.dtype == torch.bfloat16
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        single = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert single == {name for name in dtypes if ".mlp.gate." in name}
+    inputs = inputs_of(3)
+    torch.testing.assert_close(both(**inputs).logits, moe(**inputs).logits, rtol=0.05, atol=0.05)
+    speech = {"input_ids": torch.full((1, 50), TOKENS["speech"]), "input_features": torch.zeros(1, 8, 40)}
+    assert both(**speech).logits.isfinite().all()
+
+
 def test_models_of_different_forms_are_refused():
     with pytest.raises(ValueError, match=r"differ in \['intermediate_size', 'moe_intermediate_size'"):
         combine_uni_moe([uni_moe(("image",)), uni_moe(("image",), text={"intermediate_size": 40})])
