@@ -25,8 +25,8 @@ __getattr__, __dir__, _NAMES = lazy_exports(
     __name__,
     {
         "UniMoeForConditionalGeneration": ".modeling_uni_moe",
-        "UniMoeModel": ".modeling_uni_moe",
-        "UniMoePreTrainedModel": ".modeling_uni_moe",
+        "UniMoeModel": ".trunk_uni_moe",
+        "UniMoePreTrainedModel": ".trunk_uni_moe",
         "UniMoeProcessor": ".processing_uni_moe",
     },
 )
