@@ -25,7 +25,12 @@ D, N, T = 16, 4, 12
 SEARCH = {"num_steps": 10}
 FEW = {"num_steps": 10, "tau_start": 0.02, "tau_end": 0.002, "sweeps_start": 3, "sweeps_end": 6}
 #: Gates that are wide open, so that there is something to permute.
-WIDE = {"comet": {"gamma": 10.0}, "dselect_k": {"gamma": 10.0}, "top_p": {"p": 0.9}}
+WIDE = {
+    "comet": {"gamma": 10.0},
+    "dselect_k": {"gamma": 10.0},
+    "expert_choice": {"fallback": "topk"},  # it refuses to be evaluated without
+    "top_p": {"p": 0.9},
+}
 ROUTERS = [name for name in list_routers() if name not in ("gating_residual", "moepp_release")]
 
 
