@@ -137,6 +137,12 @@ def _unlearning() -> list[Entry]:
     return [_entry("ExpertUnlearningTrainer", ExpertUnlearningTrainer)]
 
 
+def _quantization() -> list[Entry]:
+    from hf_moe.quantization import MoteQuantizationConfig
+
+    return [_entry(MoteQuantizationConfig.__name__, MoteQuantizationConfig)]
+
+
 def _statistics() -> list[Entry]:
     from hf_moe.statistics import SoftmaxGaussianMoE
 
@@ -176,5 +182,6 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "adapters": _adapters,
     "decoding": _decoding,
     "unlearning": _unlearning,
+    "quantization": _quantization,
     "statistics": _statistics,
 }

@@ -34,6 +34,7 @@ def row(start):
         ("adapters", "adapters"),
         ("decoding", "decoding"),
         ("unlearning", "unlearning"),
+        ("quantization", "quantization"),
         ("statistics", "statistics"),
     ],
 )

@@ -19,6 +19,7 @@ def call(*options):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_interrupted_commands_go_on_where_they_stopped(run, tmp_path):
     options = ["--preset", "tiny", "--only", "gaussian_rates", "--processes", "1", "--output", tmp_path]
     arms = list(run.load("gaussian_rates").arms)
