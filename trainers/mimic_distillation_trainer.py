@@ -129,7 +129,7 @@ class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
 
     Raises:
         ValueError: the two do not fit: another number of tokens or another placeholder for an image, or a vocabulary
-            that lacks tokens of the tokenizer.
+            that lacks tokens of the tokenizer; or FSDP or DeepSpeed shards the student.
         TypeError: `args` is of another class, or `teacher_model` is no model.
 
     Example:
@@ -157,6 +157,11 @@ class MimicDistillationTrainer(MoeTrainerMixin, _MimicLoss):
         if isinstance(model, nn.Module):
             check_teacher(unwrap_model(model), teacher)
         super().__init__(model, args=args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{type(self).__name__} does not support FSDP and DeepSpeed, which gather the student's output matrix "
+                "during its own forward only. Train with data parallelism, `accelerate launch --multi_gpu`."
+            )
         student = unwrap_model(self.model)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         num_tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
