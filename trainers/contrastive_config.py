@@ -9,8 +9,8 @@ from .moe_config import MoeTrainingArguments
 
 __all__ = ["PARTS", "ContrastiveConfig"]
 
-#: What may be trained: everything, feed-forwards (dense or experts) alone, or routers alone.
-PARTS = ("all", "feed_forward", "router")
+#: What may be trained: everything, feed-forwards (dense or experts) alone, routers alone, or experts and routers.
+PARTS = ("all", "feed_forward", "router", "moe")
 
 
 @dataclass
@@ -20,7 +20,8 @@ class ContrastiveConfig(MoeTrainingArguments):
 
     Args:
         trained (`str`, defaults to `"feed_forward"`): `"feed_forward"`, the stages that make experts; `"router"`, the
-            tuning after they are put together (there with learning rate 1e-6 and weight decay 0.01); or `"all"`.
+            tuning after they are put together (there with learning rate 1e-6 and weight decay 0.01);
+            `"moe"`, experts and routers, as for experts that are copies; or `"all"`.
         label_smoothing (`float`, defaults to 0.1): In both directions.
         fixed_logit_scale (`float`, *optional*, defaults to ln 100): Value of `logit_scale` while training; `None`
             leaves it as it is, trained only with `trained="all"`.
@@ -39,7 +40,9 @@ class ContrastiveConfig(MoeTrainingArguments):
     ```
     """
 
-    trained: str = field(default="feed_forward", metadata={"help": "What is trained: feed_forward, router or all."})
+    trained: str = field(
+        default="feed_forward", metadata={"help": "What is trained: feed_forward, router, moe (both) or all."}
+    )
     label_smoothing: float = field(default=0.1, metadata={"help": "Label smoothing of both directions."})
     fixed_logit_scale: float | None = field(
         default=math.log(100), metadata={"help": "Value of logit_scale while training; none leaves it as it is."}

@@ -28,7 +28,8 @@ def train_part(model: nn.Module, part: str) -> int:
 
     Args:
         model (`CLIPModel` or [`~hf_moe.MoeClipModel`]): The model.
-        part (`str`): `"feed_forward"` (of both towers; experts too, routers not), `"router"` or `"all"`.
+        part (`str`): `"feed_forward"` (of both towers; experts too, routers not), `"router"`, `"moe"` (experts and
+            routers, dense feed-forwards not) or `"all"`.
 
     Returns:
         `int`: Number of trainable parameters.
@@ -43,7 +44,12 @@ def train_part(model: nn.Module, part: str) -> int:
     total = 0
     for name, parameter in model.named_parameters():
         is_router = id(parameter) in of_routers
-        wanted = {"all": True, "router": is_router, "feed_forward": ".mlp." in name and not is_router}[part]
+        wanted = {
+            "all": True,
+            "router": is_router,
+            "feed_forward": ".mlp." in name and not is_router,
+            "moe": ".mlp.experts." in name or is_router,
+        }[part]
         parameter.requires_grad_(wanted and id(parameter) not in fixed)
         total += parameter.numel() if parameter.requires_grad else 0
     if total == 0:

@@ -106,7 +106,10 @@ def test_batches_stay_within_a_cluster_and_use_all_that_fills_them(processes):
         ClusterBatchSampler(labels, 12)
 
 
-@pytest.mark.parametrize(("part", "expected"), [("feed_forward", ".mlp."), ("router", ".mlp.gate."), ("all", "")])
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("feed_forward", ".mlp."), ("router", ".mlp.gate."), ("moe", ".mlp."), ("all", "")],
+)
 def test_only_the_part_asked_for_is_trained(tmp_path, part, expected):
     model = make_moe_clip(router_aux_loss_coef=0.01)
     before = copy.deepcopy(model.state_dict())
@@ -118,6 +121,8 @@ def test_only_the_part_asked_for_is_trained(tmp_path, part, expected):
         assert all(".mlp.experts." in name for name in changed)
     else:
         assert all(expected in name for name in changed)
+    if part == "moe":
+        assert {name.rpartition(".mlp.")[2].partition(".")[0] for name in changed} == {"experts", "gate"}
     if part == "router":
         assert changed == {name for name in before if name.endswith(".mlp.gate.weight")}
 
