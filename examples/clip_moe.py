@@ -17,8 +17,8 @@ clusters agree with what is on the canvases, and what its model alone knows.
     python examples/clip_moe.py --data /usr/share/datasets/fashion-mnist     # 3 seeds, 7 minutes each on one core
     python examples/clip_moe.py --preset full --data ...                     # 5 seeds, a larger CLIP
 
-Learning rates are the best of three for each arm, by retrieval on validation pictures, with a seed that is not
-reported (`--seeds 100 --learning-rate 3e-4 --output ...`). Runs that are finished are kept in --output, and not made
+Learning rates are the best of three for each arm, by retrieval on validation pictures, in runs of half the length with
+a seed that is not reported (`--preset tune --learning-rate 3e-4 --output ...`). Runs that are finished are kept in --output, and not made
 again. Writes results.json, results.md and results.png, and the first CLIP-MoE as a folder that `pipeline` loads.
 
 Paper: https://huggingface.co/papers/2409.19291
@@ -72,7 +72,8 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset((0, 1), 400, 60, 4, 8, 4, 32, 1, 2),
-    "short": Preset((0, 1, 2), 30_000, 1000, 1000, 400, 128, 96, 3, 2),
+    "tune": Preset((100,), 30_000, 1000, 500, 160, 128, 64, 3, 2),
+    "short": Preset((0, 1, 2), 30_000, 1000, 1000, 320, 128, 64, 3, 2),
     "full": Preset((0, 1, 2, 3, 4), 200_000, 2000, 10_000, 8_000, 256, 256, 6, 2),
 }
 NUM_EXPERTS = 4

@@ -20,6 +20,7 @@ from hf_moe.lazy import lazy_exports
 # public name -> the module of this folder that defines it
 _EXPORTS: dict[str, str] = {
     "ClipCollator": ".contrastive_stages",
+    "ClipMoeConfig": ".clip_moe_config",
     "ClusterBatchSampler": ".contrastive_clusters",
     "ContrastiveConfig": ".contrastive_config",
     "ContrastiveTrainer": ".contrastive_trainer",
@@ -74,6 +75,7 @@ _EXPORTS: dict[str, str] = {
     "encode_pairs": ".contrastive_stages",
     "multistage_contrastive_learning": ".contrastive_stages",
     "retrieval_recall": ".contrastive_losses",
+    "train_clip_moe": ".clip_moe",
     "train_part": ".contrastive_trainer",
     "zero_shot_accuracy": ".contrastive_losses",
     "hidden_state_discrepancy": ".distillation_losses",

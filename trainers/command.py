@@ -7,6 +7,7 @@ import importlib
 __all__ = ["METHODS", "add_arguments", "run", "split_arguments"]
 
 METHODS = (
+    "clip-moe",
     "distillation",
     "dpo",
     "evomoe",

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from .moe_config import MoeTrainingArguments
 
@@ -50,7 +49,7 @@ class ContrastiveConfig(MoeTrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     weight_decay: float = field(default=0.2, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=200, metadata={"help": "Steps of linear warm-up."})
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Remove columns the model does not read."})
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader, Subset
 from transformers import CLIPModel
 
 from hf_moe.modes import eval_mode
@@ -114,18 +115,72 @@ def multistage_contrastive_learning(
         raise ValueError(f"`num_stages` must be at least 1, got {num_stages}.")
     models, labels = [base], []
     for stage in range(1, num_stages + 1):
-        features = encode_pairs(models[-1], train_dataset, data_collator, args.eval_batch_size)
         before = labels[-1] if labels else None
-        labels.append(cluster_pairs(*features, before, num_clusters, seed=args.seed + stage))
-        model = copy.deepcopy(base)
-        scale = base.logit_scale.detach().clone()
+        labels.append(cluster_stage(models[-1], train_dataset, args, stage, before, num_clusters, data_collator))
         options = copy.copy(args)
         options.output_dir = str(Path(args.output_dir) / f"stage-{stage}")
-        trainer = ContrastiveTrainer(
-            model, options, train_dataset=train_dataset, data_collator=data_collator, clusters=labels[-1].tolist()
-        )
-        trainer.train()
-        with torch.no_grad():
-            model.logit_scale.copy_(scale)  # experts differ in feed-forwards alone
-        models.append(model.requires_grad_(True).eval())
+        models.append(train_stage(base, train_dataset, options, labels[-1], data_collator)[0])
     return models, labels
+
+
+def cluster_stage(
+    previous: CLIPModel,
+    train_dataset: Any,
+    args: ContrastiveConfig,
+    stage: int,
+    before: torch.Tensor | None = None,
+    num_clusters: int = 3,
+    data_collator: Callable | None = None,
+) -> torch.Tensor:
+    """Labels of a stage, the same in every process: each encodes a part of the pairs.
+
+    Args:
+        previous (`CLIPModel`): Model of the stage before.
+        train_dataset, args, num_clusters, data_collator: As in [`multistage_contrastive_learning`].
+        stage (`int`): From 1.
+        before (`torch.Tensor` of shape `(P,)`, *optional*): Labels of the stage before.
+
+    Returns:
+        `torch.Tensor` of shape `(P,)`.
+    """
+    device, rank, world = previous.device, args.process_index, args.world_size
+    part = -(-len(train_dataset) // world)
+    share = range(min(rank * part, len(train_dataset)), min((rank + 1) * part, len(train_dataset)))
+    rows = train_dataset if world == 1 else Subset(train_dataset, share)
+    features = encode_pairs(previous.to(args.device), rows, data_collator, args.eval_batch_size)
+    previous.to(device)
+    if world > 1:
+        images, texts = zip(*gather_object([features]), strict=True)  # in the order of ranks, which is that of rows
+        features = torch.cat(images), torch.cat(texts)
+    labels = cluster_pairs(*features, before, num_clusters, seed=args.seed + stage)
+    return broadcast_object_list([labels])[0] if world > 1 else labels
+
+
+def train_stage(
+    base: CLIPModel,
+    train_dataset: Any,
+    args: ContrastiveConfig,
+    labels: torch.Tensor,
+    data_collator: Callable | None = None,
+    resume: str | None = None,
+) -> tuple[CLIPModel, ContrastiveTrainer]:
+    """Trains the feed-forwards of a copy of `base` on batches from one cluster each.
+
+    Args:
+        base, train_dataset, data_collator: As in [`multistage_contrastive_learning`].
+        args ([`ContrastiveConfig`]): Of this stage.
+        labels (`torch.Tensor` of shape `(P,)`): Clusters.
+        resume (`str`, *optional*): Checkpoint of this stage to go on from.
+
+    Returns:
+        `tuple`: The model, which differs from `base` in feed-forwards alone, and its trainer.
+    """
+    model, scale = copy.deepcopy(base), base.logit_scale.detach().clone()
+    trainer = ContrastiveTrainer(
+        model, args, train_dataset=train_dataset, data_collator=data_collator, clusters=labels.tolist()
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    model.to(base.device)
+    with torch.no_grad():
+        model.logit_scale.copy_(scale)  # experts differ in feed-forwards alone
+    return model.requires_grad_(True).eval(), trainer
