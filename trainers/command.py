@@ -18,6 +18,7 @@ METHODS = (
     "read-me",
     "sft",
     "staged-distillation",
+    "uni-moe",
     "unlearning",
 )
 

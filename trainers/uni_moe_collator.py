@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
+from .uni_moe_media import MEDIA, decoded, media_of
+
 
 __all__ = ["UniMoeCollator"]
-
-MEDIA = ("images", "videos", "speech", "audio")
 
 
 class UniMoeCollator:
@@ -25,7 +25,8 @@ class UniMoeCollator:
         `dict`: `input_ids`, `attention_mask` and `labels`, each `(B, S)`, and the media that there are.
 
     Raises:
-        ValueError: a row without `prompt` or `completion`; see also [`UniMoeProcessor`].
+        ValueError: a row without `prompt` or `completion`, or with another number of media than of placeholders; see
+            also [`UniMoeProcessor`].
 
     Example:
 
@@ -44,7 +45,11 @@ class UniMoeCollator:
             missing = [name for name in ("prompt", "completion") if not isinstance(row.get(name), str)]
             if missing:
                 raise ValueError(f"Every row needs a string `{missing[0]}`, got a row with {sorted(row)}.")
-        media: dict[str, Any] = {name: [item for row in examples for item in row.get(name) or []] for name in MEDIA}
+            self._check_media(row)
+        media: dict[str, Any] = {
+            name: [decoded(item, self._sampling_rate(name)) for row in examples for item in media_of(row, name)]
+            for name in MEDIA
+        }
         tokenizer = self.processor.tokenizer
         batch = self.processor(
             text=[row["prompt"] for row in examples], **{name: items or None for name, items in media.items()}
@@ -65,3 +70,18 @@ class UniMoeCollator:
             "labels": labels,
             **kept,
         }
+
+    def _sampling_rate(self, column: str) -> int | None:
+        return getattr(getattr(self.processor, f"{column}_feature_extractor", None), "sampling_rate", None)
+
+    def _check_media(self, row: dict[str, Any]) -> None:
+        # The processor counts over a whole batch, where one row's missing picture would be taken from the next row.
+        for column, modality in MEDIA.items():
+            token = getattr(self.processor, f"{modality}_token", None)
+            found = row["prompt"].count(token) if token is not None else 0
+            given = len(media_of(row, column))
+            if found != given:
+                raise ValueError(
+                    f"`{column}` has {given} items in the row with the prompt {row['prompt'][:80]!r}, which has "
+                    f"{found} placeholders {token!r}: write one placeholder for each."
+                )
