@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from common.tiny_clip import END, TEXT, VISION, clip_inputs, make_moe_clip
+from common.tiny_clip import END, TEXT, VISION, clip_inputs, make_clip, make_moe_clip
+from common.tiny_llava import dense_llava, llava_inputs
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -20,9 +22,12 @@ from hf_moe import (
     MoeClipVisionConfig,
     MoeClipVisionModel,
     MoeClipVisionModelWithProjection,
+    MoeLlavaForConditionalGeneration,
     list_routers,
     moe_layers,
     record_routing,
+    upcycle_clip,
+    upcycle_llava,
 )
 
 
@@ -177,6 +182,27 @@ def test_the_image_tower_serves_llava(tmp_path):
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert isinstance(loaded.model.vision_tower, MoeClipVisionModel)
     assert torch.equal(loaded(input_ids=ids, pixel_values=pixels).logits, logits)
+
+
+def test_the_image_tower_serves_moe_llava(tmp_path):
+    """A CLIP-MoE of copies in the place of a LLaVA's CLIP, then the language model sparse too: the same function."""
+    dense, clip = dense_llava(vision=VISION), make_clip()
+    dense.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
+    tower = upcycle_clip(clip, num_experts=4).vision_model
+    sparse = dense_llava(vision=tower.config.to_dict())
+    sparse.load_state_dict(dense.state_dict(), strict=False)
+    sparse.model.vision_tower.load_state_dict(tower.state_dict())
+    model, _ = upcycle_llava(sparse.eval())
+    inputs = llava_inputs()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        torch.testing.assert_close(logits, dense(**inputs).logits, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert isinstance(loaded, MoeLlavaForConditionalGeneration)
+        assert isinstance(loaded.model.vision_tower, MoeClipVisionModel)
+        assert torch.equal(loaded(**inputs).logits, logits)
+    assert [len(layers) for layers in (moe_layers(model.model.vision_tower), moe_layers(model))] == [3, 5]
 
 
 def test_the_zero_shot_pipeline_takes_it(tmp_path, tiny_tokenizer):
