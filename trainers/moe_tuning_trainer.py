@@ -9,6 +9,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hf_moe.routing.discovery import find_routers
 
+from .labelled_loss import LabelledSFTTrainer
 from .moe_tuning import MoeTuningStageCallback, moe_tuning_stage
 from .moe_tuning_config import MoeTuningConfig
 from .sft_trainer import MoeSFTTrainer
@@ -38,6 +39,10 @@ class IgnoreImageTokens:
         return batch
 
 
+class _SparseTrainer(MoeSFTTrainer, LabelledSFTTrainer):
+    """Router losses around the loss of labelled positions."""
+
+
 def moe_tuning_trainer(
     model: PreTrainedModel | str,
     args: MoeTuningConfig | None = None,
@@ -52,7 +57,8 @@ def moe_tuning_trainer(
 
     Stages 1 and 2 train a dense LLaVA with `trl.SFTTrainer`. In stage 3 a dense LLaVA is made sparse first
     ([`~hf_moe.upcycle_llava`]), and [`MoeSFTTrainer`] trains it with its balance loss; a sparse one is trained as it
-    is, in any stage. Data, collation and everything else are TRL's; image tokens are left out of the labels.
+    is, in any stage. Data, collation and everything else are TRL's; image tokens are left out of the labels, and on
+    the CPU positions without a label out of the head.
 
     Args:
         model (`PreTrainedModel` or `str`): A LLaVA, dense or sparse, or where to load it from.
@@ -90,7 +96,7 @@ def moe_tuning_trainer(
         processing_class = AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code)
     if stage == "moe" and not find_routers(model):
         model = _sparse(model, args)
-    trainer_class = MoeSFTTrainer if find_routers(model) else SFTTrainer
+    trainer_class = _SparseTrainer if find_routers(model) else LabelledSFTTrainer
     freezing = [] if peft_config is not None else [MoeTuningStageCallback(stage)]
     trainer = trainer_class(
         model=model,

@@ -1,0 +1,42 @@
+"""The whole command on noise with random tiny models; a second run finds everything done."""
+
+import json
+
+import pytest
+import torch
+from common.tiny_training import third_party_warnings
+
+
+pytestmark = third_party_warnings
+
+
+def test_all_arms_are_trained_measured_and_kept(example, toy, tmp_path, capsys):
+    words = ["--images", str(toy), "--preset", "tiny", "--output", str(tmp_path / "out")]
+    result = example["run"].main(words)
+    assert [row["arm"] for row in result["rows"]] == list(example["stages"].ARMS)
+    for row in result["rows"]:
+        assert set(row["new pictures"]) == set(example["figures"].COLUMNS)
+        sparse = row["arm"] != "dense, supervised"
+        assert (row["activated"] < row["parameters"]) == sparse == ("routes" in row)
+        if sparse:
+            (layer,) = row["routes"].values()
+            assert sum(layer["image"]) == sum(layer["text"]) == pytest.approx(1)
+    for name in ("results.png", "experts.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "out" / "results.md").read_text() in capsys.readouterr().out
+    assert example["run"].main(words)["rows"] == result["rows"]
+    assert "trained" not in capsys.readouterr().out
+
+
+def test_students_keep_layers_and_their_weights(example):
+    model, _ = example["models"].language_model("random")
+    student = example["models"].shallow(model, 2)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        full = model.model.embed_tokens(ids)
+    torch.testing.assert_close(student.model.embed_tokens(ids), full)
+    for new, old in ((0, 0), (1, 3)):
+        one, other = student.model.layers[new].state_dict(), model.model.layers[old].state_dict()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    assert [layer.self_attn.layer_idx for layer in student.model.layers] == [0, 1]
