@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 from transformers.trainer_utils import get_last_checkpoint
@@ -139,7 +140,7 @@ def _stage(stage: int, models: list, before: Any, args: ClipMoeConfig, data: Any
     # What stages learn shows in the mixture; data to evaluate with are not within clusters.
     options.eval_strategy, options.load_best_model_at_end, options.do_eval = "no", False, False
     options.router_learning_rate = options.expert_learning_rate = None  # there are none yet
-    model, trainer = train_stage(base, data, options, labels, collator, resume=_last_checkpoint(folder))
+    model, trainer = train_stage(base, data, options, stage, labels, collator, resume=_last_checkpoint(folder))
     if is_main:
         with new_folder(kept) as partial:
             model.save_pretrained(partial)
@@ -179,7 +180,8 @@ def _check_run(args: ClipMoeConfig, rows: int) -> None:
                 + ", ".join(f"{name} {known.get(name)!r} instead of {settings[name]!r}" for name in other)
                 + ". Go on with those, or choose another `output_dir`."
             )
-    elif args.process_index == 0:
+    PartialState().wait_for_everyone()  # nobody takes what is written now for an earlier run
+    if args.process_index == 0:
         write_text(path, json.dumps(settings, indent=2) + "\n")
 
 

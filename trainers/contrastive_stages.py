@@ -119,7 +119,7 @@ def multistage_contrastive_learning(
         labels.append(cluster_stage(models[-1], train_dataset, args, stage, before, num_clusters, data_collator))
         options = copy.copy(args)
         options.output_dir = str(Path(args.output_dir) / f"stage-{stage}")
-        models.append(train_stage(base, train_dataset, options, labels[-1], data_collator)[0])
+        models.append(train_stage(base, train_dataset, options, stage, labels[-1], data_collator)[0])
     return models, labels
 
 
@@ -160,6 +160,7 @@ def train_stage(
     base: CLIPModel,
     train_dataset: Any,
     args: ContrastiveConfig,
+    stage: int,
     labels: torch.Tensor,
     data_collator: Callable | None = None,
     resume: str | None = None,
@@ -169,6 +170,7 @@ def train_stage(
     Args:
         base, train_dataset, data_collator: As in [`multistage_contrastive_learning`].
         args ([`ContrastiveConfig`]): Of this stage.
+        stage (`int`): From 1. Stages have batches of their own, even where their clusters are the same.
         labels (`torch.Tensor` of shape `(P,)`): Clusters.
         resume (`str`, *optional*): Checkpoint of this stage to go on from.
 
@@ -176,6 +178,8 @@ def train_stage(
         `tuple`: The model, which differs from `base` in feed-forwards alone, and its trainer.
     """
     model, scale = copy.deepcopy(base), base.logit_scale.detach().clone()
+    args = copy.copy(args)
+    args.data_seed = (args.seed if args.data_seed is None else args.data_seed) + stage
     trainer = ContrastiveTrainer(
         model, args, train_dataset=train_dataset, data_collator=data_collator, clusters=labels.tolist()
     )

@@ -13,6 +13,7 @@ from transformers import AutoModel, CLIPImageProcessorPil, CLIPProcessor, Traine
 
 from hf_moe import MoeClipModel, moe_layers
 from hf_moe.trainers import ClipMoeConfig, ContrastiveTrainer, command, train_clip_moe
+from hf_moe.trainers.contrastive_stages import cluster_stage, train_stage
 
 
 pytestmark = third_party_warnings
@@ -83,6 +84,16 @@ def test_runs_are_not_mixed(tmp_path):
     with pytest.raises(ValueError, match="other settings: num_clusters 2 instead of 3, rows 24 instead of 20"):
         train_clip_moe(make_clip(), other, rows(20))
     assert not (tmp_path / "stage-1").exists()
+
+
+def test_stages_have_batches_of_their_own(tmp_path):
+    """Stages that learn nothing find the same clusters again, and yet do not repeat each other."""
+    base, data, args = make_clip(), rows(), config(tmp_path, router_learning_rate=None)
+    labels = cluster_stage(base, data, args, 1, None, 2)
+    assert torch.equal(labels, cluster_stage(base, data, args, 1, None, 2))
+    trained = [train_stage(base, data, args, stage, labels)[0] for stage in (1, 2, 1)]
+    weights = [model.vision_model.encoder.layers[0].mlp.fc1.weight for model in trained]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
 def test_copies_become_different_in_the_tuning(tmp_path):
