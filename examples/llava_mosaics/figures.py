@@ -77,6 +77,10 @@ def summarise(result: dict[str, Any]) -> str:
         cells += [spread([row[group]["accuracy"] for row in rows]) for group in GROUPS[1:]]
         lines.append(f"| {arm} | {' | '.join([*sizes, *cells])} |")
     lines.append("")
+    for arm, rows in arms.items():
+        if "routes" in rows[0]:
+            apart = spread([distance(row["routes"]) for row in rows])
+            lines.append(f"- {arm}: image and text tokens differ in {apart} of their choices of experts")
     pairs = (
         ("MoE-tuning", "dense, supervised"),
         ("mimic distillation", "MoE-tuning"),
@@ -89,6 +93,12 @@ def summarise(result: dict[str, Any]) -> str:
             if gaps:
                 lines.append(f"- {one} minus {other}, {column}: {', '.join(f'{gap:+.3f}' for gap in gaps)}")
     return "\n".join(lines) + "\n"
+
+
+def distance(routes: dict[str, Any]) -> float:
+    """Total variation between the shares of experts in image tokens and in text tokens, mean over layers."""
+    gaps = [np.abs(np.subtract(layer["image"], layer["text"])).sum() / 2 for layer in routes.values()]
+    return float(np.mean(gaps))
 
 
 def draw_results(result: dict[str, Any], path: Path) -> None:

@@ -14,11 +14,10 @@ same number of steps in every arm:
     python examples/llava_mosaics/run.py --images /usr/share/datasets/fashion-mnist      # short: 3 seeds
     python examples/llava_mosaics/run.py --preset full                                   # pictures from the Hub; a GPU
 
-Held-out questions are about new pictures: in known words, in new words, and about classes
-at places where they never are in training.
-Everything that was trained is kept in `OUTPUT`, so that an interrupted command continues where it stopped, and
-several commands with different `--seeds` can share one tower and teacher. Writes results.json, results.md, results.png
-and experts.png, which shows which experts see image tokens.
+Held-out questions are about new pictures: in known words, in new words, and about classes at places where they never
+are in training. All that was trained is kept in `OUTPUT`, so that an interrupted command continues where it stopped,
+and several commands with different `--seeds` can share one tower and teacher. Writes results.json, results.md,
+results.png and experts.png, which shows which experts see image tokens.
 
 Papers: https://huggingface.co/papers/2401.15947 (MoE-LLaVA), https://huggingface.co/papers/2408.15881 (LLaVA-MoD).
 """
