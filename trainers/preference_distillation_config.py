@@ -23,7 +23,8 @@ class PreferenceDistillationConfig(MoeDPOConfig):
         teacher_device (`str`, *optional*): Where the teacher runs; where the student does by default.
 
     Raises:
-        ValueError: `"kto_pair"` is mixed with other losses, or with options it does not know.
+        ValueError: `"kto_pair"` is mixed with other losses, or with options it does not know; or the reference shall
+            follow the student.
     """
 
     learning_rate: float = field(default=2e-6, metadata={"help": "The initial learning rate for AdamW."})
@@ -41,10 +42,18 @@ class PreferenceDistillationConfig(MoeDPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sync_ref_model:
+            raise ValueError("`sync_ref_model` must be False: it would write the student's weights into the teacher.")
         if "kto_pair" in self.loss_type:
             if len(self.loss_type) > 1:
                 raise ValueError(f"`loss_type`: 'kto_pair' cannot be mixed with other losses, got {self.loss_type}.")
-            for name, off in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
+            for name, off in (
+                ("ld_alpha", None),
+                ("use_weighting", False),
+                ("f_divergence_type", "reverse_kl"),
+                ("label_smoothing", 0.0),
+                ("loss_weights", None),
+            ):
                 value = getattr(self, name)
                 if value != off:
                     raise ValueError(

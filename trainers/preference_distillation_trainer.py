@@ -9,6 +9,7 @@ from hf_moe.views import unwrap_model
 
 from .dpo_trainer import MoeDPOTrainer
 from .preference_distillation_config import PreferenceDistillationConfig
+from .reference_columns import REFERENCE_COLUMNS, WithReference, add_reference_columns
 from .teachers import OnDevice, check_teacher, load_teacher
 
 
@@ -46,8 +47,8 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
 
     Log-probabilities of the teacher are sums over the answer, so its architecture is free; it reads the same batch and
     therefore needs the same tokens and the same number of tokens for an image. With `precompute_ref_log_probs=True`
-    they are computed once before training. Since the reference is not a copy of the student, margins are far from 0 at
-    the start.
+    they are computed once before training, of data with images too, and the teacher then leaves the device. Since the
+    reference is not a copy of the student, margins are far from 0 at the start.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): The student, dense or a Mixture-of-Experts.
@@ -57,7 +58,8 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
         **kwargs: As in [`~trl.DPOTrainer`], but for `ref_model`.
 
     Raises:
-        ValueError: teacher and student do not fit, or `ref_model` was given.
+        ValueError: teacher and student do not fit, `ref_model` was given, or the teacher shall run on a device of its
+            own while FSDP or DeepSpeed shards it.
         TypeError: `args` is of another class, or `teacher_model` is no model.
 
     Example:
@@ -76,6 +78,8 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
 
     _tag_names = ["trl", "dpo", "preference-distillation"]
     allows_dense = True
+    args: Any
+    processing_class: Any
 
     def __init__(self, model: Any, args: Any = None, *, teacher_model: Any = None, **kwargs: Any):
         args = PreferenceDistillationConfig("preference-distillation") if args is None else args
@@ -86,12 +90,74 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
         teacher = load_teacher(teacher_model or args.teacher_model_name_or_path, model, args.teacher_model_init_kwargs)
         if isinstance(model, nn.Module):
             check_teacher(unwrap_model(model), teacher)
-        super().__init__(model, teacher, args, **kwargs)
+        self._teacher_is_placed = False
+        # TRL refuses to do it for data with images, whose collator drops the columns; the rest of its way stays.
+        ours = args.precompute_ref_log_probs and _has_images(kwargs.get("train_dataset"))
+        args.precompute_ref_log_probs = args.precompute_ref_log_probs and not ours
+        try:
+            super().__init__(model, teacher, args, **kwargs)
+        finally:
+            args.precompute_ref_log_probs = args.precompute_ref_log_probs or ours
+        self._place_teacher()
+        if ours:
+            self.precompute_ref_logps = True
+            self.data_collator = WithReference(self.data_collator)
+            self.train_dataset: Any = self._with_reference(self.train_dataset)
+            self.eval_dataset: Any = self._with_reference(self.eval_dataset)
+        if self.precompute_ref_logps and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Nothing asks it any more, but for data that `evaluate` is given later.
+            self._move_teacher("cpu")
+
+    def _with_reference(self, dataset: Any) -> Any:
+        """What the trainer evaluates on or trains with, all of it with the teacher's log-probabilities."""
+        if isinstance(dataset, dict):
+            return {name: self._with_reference(part) for name, part in dataset.items()}
+        if dataset is None or isinstance(dataset, str) or REFERENCE_COLUMNS[0] in (dataset.column_names or ()):
+            return dataset
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        return self._precompute_ref_logps(dataset, "eval", batch_size)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the class below; the teacher is asked about data with images that are new, as it is about text."""
+        if self._is_vision_dataset and self.precompute_ref_logps:
+            eval_dataset = self._with_reference(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _place_teacher(self) -> None:
+        """Checks the teacher against the tokenizer, which TRL may have loaded, and moves it; before it computes."""
+        if self._teacher_is_placed:
+            return
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        teacher = self.accelerator.unwrap_model(self.ref_model)
         check_teacher(unwrap_model(self.model), teacher, len(tokenizer) if hasattr(tokenizer, "__len__") else None)
-        if args.teacher_device is not None:
-            reference = self.accelerator.unwrap_model(self.ref_model)
-            self.ref_model: Any = OnDevice(reference, args.teacher_device, self.accelerator.device)
+        if self.args.teacher_device is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"`teacher_device={self.args.teacher_device!r}`: FSDP and DeepSpeed shard the teacher over the "
+                    "devices of all processes. Leave it out, or set `precompute_ref_log_probs=True`."
+                )
+            self._move_teacher(self.args.teacher_device)
+        self._teacher_is_placed = True
+
+    def _move_teacher(self, device: str) -> None:
+        teacher: Any = self.accelerator.unwrap_model(self.ref_model)
+        teacher = teacher.model if isinstance(teacher, OnDevice) else teacher
+        self.ref_model: Any = OnDevice(teacher, device, self.accelerator.device)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._place_teacher()
+        if not self._is_vision_dataset:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+        def reference(batch: dict[str, Any]) -> Any:
+            return self.compute_ref_log_probs(self.ref_model, batch)
+
+        return add_reference_columns(dataset, self.data_collator, reference, self.accelerator, batch_size)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns.extend(name for name in REFERENCE_COLUMNS if name not in columns)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if self.loss_types != ["kto_pair"]:
@@ -121,3 +187,8 @@ class PreferenceDistillationTrainer(MoeDPOTrainer):
             ("margins", chosen - rejected),
         ):
             metrics[f"rewards/{name}"].append(values.mean().item())
+
+
+def _has_images(dataset: Any) -> bool:
+    row = None if dataset is None else next(iter(dataset))
+    return row is not None and not {"image", "images"}.isdisjoint(row)

@@ -80,7 +80,8 @@ def check_teacher(student: Any, teacher: Any, num_tokens: int | None = None) -> 
             f"`teacher_model`: `image_token_id` is {places[0]} for the student and {places[1]} for the teacher; both "
             "read the same token ids, so they must have the same one."
         )
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
+    weights = [m.get_output_embeddings().weight for m in (student, teacher)]
+    sizes = [getattr(weight, "ds_shape", weight.shape)[0] for weight in weights]  # ZeRO-3 leaves no rows here
     if num_tokens is not None and min(sizes) < num_tokens:
         raise ValueError(
             f"`teacher_model`: the tokenizer knows {num_tokens} tokens, but the vocabularies of {pair} have "

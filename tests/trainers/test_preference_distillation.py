@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
-from common.tiny_training import arguments, preferences, third_party_warnings, tiny_moe, tiny_words
+from common.tiny_llava import dense_llava, images, make_processor, moe_llava
+from common.tiny_training import arguments, expert_lora, preferences, third_party_warnings, tiny_moe, tiny_words
+from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_moe.trainers import PreferenceDistillationConfig, PreferenceDistillationTrainer, kto_pair_loss
+from hf_moe.trainers.teachers import OnDevice, check_teacher
 
 
 pytestmark = third_party_warnings
@@ -107,7 +110,113 @@ def test_a_teacher_may_run_on_a_device_of_its_own(tmp_path):
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
+def test_vocabularies_may_be_padded_to_different_sizes(tmp_path):
+    student, teacher = tiny_moe(router_aux_loss_coef=0.0), tiny_moe(seed=1, vocab_size=160)  # the tokenizer knows 128
+    trainer = build(tmp_path, student, teacher, learning_rate=0.0, per_device_train_batch_size=4,
+                    train_sampling_strategy="sequential")  # fmt: skip
+    trainer.train()
+    chosen, rejected = log_ratios(student.eval(), teacher.eval(), next(iter(trainer.get_train_dataloader())))
+    expected = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_teacher_without_the_tokens_is_refused_before_it_is_asked(tmp_path, precompute):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer knows 128 tokens, but the vocabularies of .* have 128 and 64"
+    ):
+        build(tmp_path, tiny_moe(), tiny_moe(seed=1, vocab_size=64), precompute_ref_log_probs=precompute)
+
+
+def test_sharded_training_wants_no_device_for_the_teacher(tmp_path):
+    trainer = build(tmp_path, tiny_moe(), tiny_moe(seed=1))
+    trainer.is_deepspeed_enabled, trainer.args.teacher_device = True, "cpu"
+    trainer._teacher_is_placed = False  # as before it was asked for the first time
+    with pytest.raises(ValueError, match=r"`teacher_device='cpu'`: FSDP and DeepSpeed shard the teacher"):
+        trainer._place_teacher()
+    assert not isinstance(trainer.ref_model, OnDevice)
+
+
+def test_sizes_of_vocabularies_are_known_where_zero_3_keeps_the_rows_elsewhere():
+    student, teacher = tiny_moe(), tiny_moe(seed=1, vocab_size=160)
+    for model in (student, teacher):  # what ZeRO-3 makes of a parameter
+        weight = model.lm_head.weight
+        weight.ds_shape = weight.shape
+        weight.data = torch.empty(0)
+    assert check_teacher(student, teacher, 128) == 128
+
+
+def test_adapters_are_trained_against_the_teacher(tmp_path):
+    student, teacher = tiny_moe(router_aux_loss_coef=0.0), tiny_moe(seed=1)
+    losses = []
+    for lora in (None, expert_lora()):  # adapters start as nothing: the loss is that of the student and the teacher
+        args = arguments(PreferenceDistillationConfig, tmp_path, learning_rate=0.0)
+        options = {"train_dataset": preferences(4), "processing_class": tiny_words(), "peft_config": lora}
+        trainer = PreferenceDistillationTrainer(
+            copy.deepcopy(student), args=args, teacher_model=copy.deepcopy(teacher), **options
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6) and abs(losses[0] - math.log(2)) > 1e-3
+
+
+# -- images ------------------------------------------------------------------------------------------------------
+def pictured(count: int) -> Dataset:
+    def say(role, text, image=False):
+        return [{"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}]
+
+    answers = {"chosen": say("assistant", "the river runs past"), "rejected": say("assistant", "three cats")}
+    rows = [{"prompt": say("user", f"what is in {i}?", True), "images": [image], **answers}
+            for i, image in enumerate(images(count))]  # fmt: skip
+    return Dataset.from_list(rows)
+
+
+def picture_trainer(folder, tokenizer, teacher_seed=1, **options):
+    processor = make_processor(tokenizer)
+    size = len(processor.tokenizer)
+    student = moe_llava(text={"vocab_size": size}, router_aux_loss_coef=0.0)
+    student.config.image_token_index = processor.image_token_id
+    # Of another architecture, with a vocabulary padded further.
+    teacher = dense_llava("qwen2", teacher_seed, vocab_size=size, hidden_size=48)
+    teacher.resize_token_embeddings(size + 5)
+    teacher.config.image_token_index = processor.image_token_id
+    args = arguments(PreferenceDistillationConfig, folder, max_length=None, **options)
+    return PreferenceDistillationTrainer(
+        student, args=args, teacher_model=teacher, train_dataset=pictured(4), eval_dataset=pictured(2),
+        processing_class=processor,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "kto_pair"])
+def test_a_teacher_of_images_is_the_same_asked_before_and_while_training(tmp_path, tiny_tokenizer_dir, loss_type):
+    from transformers import AutoTokenizer
+
+    found = []
+    for precompute in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+        options = {"loss_type": [loss_type], "learning_rate": 0.01, "max_steps": 2, "seed": 3}
+        trainer = picture_trainer(tmp_path, tokenizer, precompute_ref_log_probs=precompute, **options)
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        later = trainer.evaluate({"new": pictured(3)})["eval_new_loss"]  # rows the teacher has not seen
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert trainer.args.precompute_ref_log_probs is precompute
+        found.append([evaluated, *losses, later])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert abs(found[0][0] - (math.log(2) if loss_type == "sigmoid" else 0.5)) > 1e-3
+
+
+def test_streamed_images_cannot_be_asked_about_beforehand(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setitem(globals(), "pictured", lambda count, make=pictured: make(count).to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"needs a `datasets.Dataset`, got a IterableDataset"):
+        picture_trainer(tmp_path, tiny_tokenizer, precompute_ref_log_probs=True)
+
+
 def test_wrong_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`sync_ref_model` must be False"):
+        arguments(PreferenceDistillationConfig, tmp_path, sync_ref_model=True)
+    with pytest.raises(ValueError, match=r"`label_smoothing=0\.1` has no meaning with"):
+        arguments(PreferenceDistillationConfig, tmp_path, loss_type=["kto_pair"], label_smoothing=0.1)
     with pytest.raises(ValueError, match="'kto_pair' cannot be mixed with other losses"):
         arguments(PreferenceDistillationConfig, tmp_path, loss_type=["kto_pair", "sigmoid"])
     with pytest.raises(ValueError, match=r"`ld_alpha=0\.5` has no meaning with"):
