@@ -32,7 +32,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,10 @@ from transformers import CLIPConfig, CLIPModel, set_seed
 
 
 sys.path.insert(0, str(Path(__file__).parent))
+import clip_moe_report
 import fashion_captions
 import fashion_mnist
+from clip_moe_report import ARMS, NUM_EXPERTS, TASKS
 from fashion_captions import VOCABULARY, Canvases, describe, encode, questions
 
 import hf_moe
@@ -77,22 +79,10 @@ PRESETS = {
     "short": Preset((0, 1, 2), 20_000, 1000, 800, 320, 128, 64, 3, 2),
     "full": Preset((0, 1, 2, 3, 4), 200_000, 2000, 10_000, 8_000, 256, 256, 6, 2),
 }
-NUM_EXPERTS = 4
-ARMS = ("dense", "copies", "random batches", "CLIP-MoE")
 #: The best of 3e-4, 1e-3 and 3e-3 for each arm on validation pictures (preset tune, seed 100).
 LEARNING_RATES = {"dense": 1e-3, "copies": 1e-3, "random batches": 1e-3, "CLIP-MoE": 3e-4}
 #: Routers are new and few: ten times the rate of the rest, in all sparse arms.
 ROUTER_FACTOR = 10
-TASKS = ("class", "size", "shade")
-COLUMNS = {
-    "image_to_text@1": "image to text, recall@1",
-    "text_to_image@1": "text to image, recall@1",
-    "image_to_text@5": "image to text, recall@5",
-    "text_to_image@5": "text to image, recall@5",
-    "class": "class (of 10)",
-    "size": "size (of 2)",
-    "shade": "shade (of 2)",
-}
 
 
 def make_data(folder: str | None, preset: Preset, seed: int) -> dict[str, Canvases]:
@@ -281,9 +271,11 @@ def run_seed(seed: int, args: argparse.Namespace, preset: Preset) -> list[dict]:
                 fashion_captions.make_processor().save_pretrained(partial)
             row["pipeline_agrees"] = pipeline_agrees(folder / "clip-moe", model, data["held out"])
         write_text(folder / f"{arm}.json", json.dumps(row, indent=1) + "\n")
-        both = sum(row["held_out"][f"{way}@1"] for way in ("image_to_text", "text_to_image")) / 2
-        print(f"seed {seed}, {arm}: recall@1 {both:.3f}, class {row['held_out']['class']:.3f}, "
-              f"{seconds:.0f} s of CPU", flush=True)  # fmt: skip
+        found = row["held_out"]
+        both = clip_moe_report.recall(found)
+        print(
+            f"seed {seed}, {arm}: recall@1 {both:.3f}, class {found['class']:.3f}, {seconds:.0f} s of CPU", flush=True
+        )
     return [json.loads((folder / f"{arm}.json").read_text(encoding="utf-8")) for arm in todo]
 
 
@@ -312,87 +304,6 @@ def pipeline_agrees(folder: Path, model: Any, canvases: Canvases, number: int = 
     return mean(same)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values) if len(values) > 1 else 0.0:.3f}"
-
-
-def recall(row: dict) -> float:
-    """Mean of both directions' recall@1."""
-    return (row["held_out"]["image_to_text@1"] + row["held_out"]["text_to_image@1"]) / 2
-
-
-def summarise(rows: list[dict]) -> str:
-    """Markdown tables: the arms with mean and standard deviation over seeds, differences, stages, clusters."""
-    names = [arm for arm in ("base", *ARMS) if any(row["arm"] == arm for row in rows)]
-    of = {arm: [row for row in rows if row["arm"] == arm] for arm in names}
-    lines = ["| arm | parameters | activated | " + " | ".join(COLUMNS.values()) + " | CPU seconds |"]
-    lines.append("|---" * (len(COLUMNS) + 4) + "|")
-    for arm, found in of.items():
-        cells = [f"{found[0]['parameters']:,}", f"{found[0]['activated']:,}"]
-        cells += [spread([row["held_out"][column] for row in found]) for column in COLUMNS]
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {mean(row['cpu_seconds'] for row in found):.0f} |")
-    lines.append("")
-    if "CLIP-MoE" in of:
-        for other in names[:-1]:
-            gaps = [recall(ours) - recall(theirs) for ours, theirs in zip(of["CLIP-MoE"], of[other], strict=True)]
-            lines.append(f"- recall@1 of CLIP-MoE minus {other}, by seed: {', '.join(f'{gap:+.3f}' for gap in gaps)}")
-        lines += ["", "| model alone | recall@1, both ways | class | size | shade |", "|---" * 5 + "|"]
-        staged = [("CLIP-MoE", number) for number in range(NUM_EXPERTS)]
-        staged += [("random batches", number) for number in range(1, NUM_EXPERTS)]
-        for arm, number in staged:
-            found = [row["stages"][number] for row in of.get(arm, [])]
-            if found:
-                both = [(row["image_to_text@1"] + row["text_to_image@1"]) / 2 for row in found]
-                cells = [spread(both), *(spread([row[what] for row in found]) for what in TASKS)]
-                name = f"{arm}, stage {number}" if number else "base (expert 0 of both)"
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        first = of["CLIP-MoE"][0]["stages"][1]["purity"]
-        lines += ["", "| clusters (purity, and that of shuffled ones) | number | used | " + " | ".join(first) + " |"]
-        lines.append("|---" * (len(first) + 3) + "|")
-        for number in range(1, NUM_EXPERTS):
-            found = [row["stages"][number] for row in of["CLIP-MoE"]]
-            cells = [f"{mean(row['clusters'] for row in found):.0f}", f"{mean(row['used'] for row in found):.2f}"]
-            for name in first:
-                values = [[row["purity"][name][which] for row in found] for which in (0, 1)]
-                cells.append(f"{mean(values[0]):.2f} ({mean(values[1]):.2f})")
-            lines.append(f"| stage {number} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """One dot per seed and a bar at the mean; what the models of the stages know beside the base."""
-    from matplotlib import pyplot as plt
-
-    names = [arm for arm in ("base", *ARMS) if any(row["arm"] == arm for row in rows)]
-    figure, all_axes = plt.subplots(1, 5, figsize=(19, 4), layout="constrained")
-    panels = {"recall@1, mean of both ways": recall} | {
-        COLUMNS[what]: (lambda row, what=what: row["held_out"][what]) for what in TASKS
-    }
-    for axes, (title, value) in zip(all_axes, panels.items(), strict=False):
-        for x, name in enumerate(names):
-            values = [value(row) for row in rows if row["arm"] == name]
-            axes.plot([x] * len(values), values, "o", alpha=0.7, color=f"C{x}")
-            axes.hlines(mean(values), x - 0.3, x + 0.3, color="black")
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_title(title)
-    staged = [row for row in rows if row["arm"] == "CLIP-MoE"]
-    axes = all_axes[-1]
-    if staged:
-        for what in TASKS:
-            gains = [
-                [row["stages"][number][what] - row["stages"][0][what] for row in staged]
-                for number in range(NUM_EXPERTS)
-            ]
-            axes.plot(range(NUM_EXPERTS), [mean(gain) for gain in gains], "o-", label=what)
-        axes.axhline(0, color="gray", linestyle=":")
-        axes.set_xticks(range(NUM_EXPERTS), ["base", *(f"stage {n}" for n in range(1, NUM_EXPERTS))])
-        axes.set_title("CLIP-MoE's stages alone: accuracy over the base")
-        axes.legend()
-    figure.suptitle("Held-out pictures; one dot per seed, bar at the mean")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(words: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="short")
@@ -414,8 +325,8 @@ def main(words: list[str] | None = None) -> list[dict]:
         rows += run_seed(seed, args, preset)
         result = {"preset": args.preset, "settings": settings, "rows": rows}
         write_text(args.output / "results.json", json.dumps(result, indent=1) + "\n")
-        write_text(args.output / "results.md", summarise(rows))
-        draw(rows, args.output / "results.png")
+        write_text(args.output / "results.md", clip_moe_report.summarise(rows))
+        clip_moe_report.draw(rows, args.output / "results.png")
     print((args.output / "results.md").read_text(encoding="utf-8"))
     return rows
 

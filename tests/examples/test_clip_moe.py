@@ -15,7 +15,7 @@ from transformers import AutoModel
 @pytest.fixture(scope="module")
 def example():
     yield load_example("clip_moe")
-    for name in ("fashion_mnist", "fashion_captions"):
+    for name in ("fashion_mnist", "fashion_captions", "clip_moe_report"):
         sys.modules.pop(name, None)
 
 
