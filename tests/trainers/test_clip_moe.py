@@ -3,12 +3,15 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from common.tiny_clip import clip_inputs, make_clip
 from common.tiny_training import arguments, third_party_warnings
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModel, CLIPImageProcessorPil, CLIPProcessor, TrainerCallback, pipeline
 
 from hf_moe import MoeClipModel, moe_layers
@@ -193,3 +196,21 @@ def test_hf_moe_train_tells_its_arguments_from_those_of_accelerate():
     words = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", "--experts", "copies"]
     launch, script = command.split_arguments("clip-moe", [*words, "--num_processes", "2"])
     assert launch == ["--num_processes", "2"] and script == words
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_clusters_of_one(folder):
+    """Each encodes half of the pairs."""
+    run(folder)
+    words = ["--model_name_or_path", "clip", "--dataset_name", "pictures", "--output_dir", "two", "--num_experts", "2"]
+    words += ["--num_clusters", "2", "--max_steps", "2", "--per_device_train_batch_size", "1", "--use_cpu"]
+    words += ["--bf16", "False", "--report_to", "none", "--dataloader_pin_memory", "false"]
+    words += ["--activation_checkpointing", "False", "--multi_gpu", "--num_processes", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_moe.cli", "train", "clip-moe", *words],
+        capture_output=True, text=True, timeout=400, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(folder / name / "stage-1" / "clusters.safetensors")["labels"] for name in ("out", "two"))
+    assert torch.equal(one, two)
+    assert AutoModel.from_pretrained(folder / "two").config.model_type == "moe_clip"
