@@ -13,6 +13,7 @@ from .labelled_loss import LabelledSFTTrainer
 from .moe_tuning import MoeTuningStageCallback, moe_tuning_stage
 from .moe_tuning_config import MoeTuningConfig
 from .sft_trainer import MoeSFTTrainer
+from .vocabulary import check_image_token, check_vocabulary
 
 
 __all__ = ["IgnoreImageTokens", "moe_tuning_trainer"]
@@ -74,7 +75,8 @@ def moe_tuning_trainer(
         `SFTTrainer` or [`MoeSFTTrainer`]
 
     Raises:
-        ValueError: unknown stage, a model that is no LLaVA, or one that cannot be made sparse.
+        ValueError: unknown stage, a model that is no LLaVA, or one that cannot be made sparse; a processor with other
+            tokens than the model.
 
     Example:
 
@@ -94,6 +96,9 @@ def moe_tuning_trainer(
         args.model_init_kwargs = None
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+    check_vocabulary(model, processing_class)
+    if hasattr(model.config, "image_token_id"):  # else the stage says what is wrong
+        check_image_token(model, processing_class)
     if stage == "moe" and not find_routers(model):
         model = _sparse(model, args)
     trainer_class = _SparseTrainer if find_routers(model) else LabelledSFTTrainer

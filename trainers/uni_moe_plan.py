@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .uni_moe_config import UniMoeTrainingArguments, parse_mix
 from .uni_moe_data import check_rows, choose_rows, row_modalities
+from .vocabulary import check_vocabulary
 
 
 __all__ = ["UniMoeRun", "check_model", "plan_runs"]
@@ -56,12 +57,7 @@ def check_model(model: Any, processor: Any, args: UniMoeTrainingArguments) -> No
         raise ValueError(
             "Phase 3 tunes several experts, but `model` has one. Run phase 2 first, or give `expert_models`."
         )
-    tokens, size = len(processor.tokenizer), model.config.text_config.vocab_size
-    if tokens > size:
-        raise ValueError(
-            f"`processing_class`: its tokenizer knows {tokens} tokens, but the vocabulary of `model` has {size}. "
-            "Resize the embeddings after adding tokens: `model.resize_token_embeddings(len(tokenizer))`."
-        )
+    check_vocabulary(model, processor)
     for modality, token_id in model.config.token_ids.items():
         theirs = getattr(processor, f"{modality}_token_id", None)
         if theirs is not None and theirs != token_id:
