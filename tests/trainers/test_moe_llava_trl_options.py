@@ -107,6 +107,19 @@ def test_a_head_that_liger_would_replace_is_refused(processor, tmp_path):
         trained(SFTTrainer, SFTConfig, fitted(processor), processor, tmp_path, **options)
 
 
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_a_prompt_cut_through_its_image_is_told(trainer, processor, tmp_path):
+    classes = (SFTTrainer, SFTConfig) if trainer == "sft" else (DPOTrainer, DPOConfig)
+    model = fitted(processor)
+    watched = arguments(classes[1], tmp_path, max_length=8)
+    made = classes[0](
+        model=model, args=watched, train_dataset=rows(trainer == "dpo"), processing_class=processor,
+        **({"ref_model": fitted(processor, seed=1)} if trainer == "dpo" else {}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"image tokens .*If a trainer cut the prompt, set its `max_length=None`"):
+        made.train()
+
+
 # -- a processor with other tokens -------------------------------------------------------------------------------
 @pytest.mark.parametrize("sparse", [False, True])
 def test_other_tokens_are_refused_before_anything_is_trained(sparse, processor, tmp_path):

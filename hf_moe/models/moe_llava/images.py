@@ -63,9 +63,10 @@ def check_image_tokens(
     wanted = [len(image) for image in images]
     if found != sum(wanted):
         each = f"{wanted[0]} each" if len(set(wanted)) == 1 else f"{wanted}"
+        cut = " If a trainer cut the prompt, set its `max_length=None`." if found < sum(wanted) else ""
         raise ValueError(
             f"`input_ids` has {found} image tokens (id {config.image_token_index}), but {len(wanted)} images need "
             f"{sum(wanted)} ({each}). Write one image token per image into the text and let the processor expand it: "
             "its image token, `patch_size`, `num_additional_image_tokens` and `vision_feature_select_strategy` must "
-            "be the model's."
+            f"be the model's.{cut}"
         )

@@ -106,10 +106,11 @@ def _check_count(modality: str, token_id: int, found: int, rows: torch.Tensor | 
         return
     items, each = rows.shape[:2]
     if found != items * each:
+        cut = " If a trainer cut the prompt, set its `max_length=None`." if found < items * each else ""
         raise ValueError(
             f"`input_ids` has {found} {modality} tokens (id {token_id}), but `{INPUTS[modality]}` has {items} items "
             f"that need {items * each} ({each} each). Let the processor expand one token per item: its numbers of "
-            "tokens must be the model's."
+            f"tokens must be the model's.{cut}"
         )
 
 
