@@ -93,7 +93,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axes.plot(range(NUM_EXPERTS), [mean(gain) for gain in gains], "o-", label=what)
         axes.axhline(0, color="gray", linestyle=":")
         axes.set_xticks(range(NUM_EXPERTS), ["base", *(f"stage {n}" for n in range(1, NUM_EXPERTS))])
-        axes.set_title("CLIP-MoE's stages alone: accuracy over the base")
+        axes.set_title("stages alone, minus the base")
         axes.legend()
     figure.suptitle("Held-out pictures; one dot per seed, bar at the mean")
     figure.savefig(path, dpi=110)
