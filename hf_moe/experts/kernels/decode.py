@@ -18,6 +18,9 @@ from .fused import combine
 
 __all__ = ["decode_experts"]
 
+# BLAS reads the matrix at half the speed for (rows, in) times (in, out) with so few rows, in float32; not for one row.
+_FEW_ROWS = range(2, 4)
+
 # (rows, stacked, bias, segments, is_transposed, out)
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, list[Segment], bool, torch.Tensor], None]
 
@@ -76,10 +79,8 @@ def _rows(bank: ExpertBank, rows: torch.Tensor, segments: list[Segment], linear:
     up, up_bias, down, down_bias = parameters
     epilogue = bank.require_epilogue()
     width, intermediate = (up.shape[2], down.shape[1]) if bank.is_transposed else (up.shape[1], down.shape[2])
-    halves = epilogue.halves
     projected = rows.new_empty(rows.shape[0], width)
     linear(rows, up, up_bias, segments, bank.is_transposed, projected)
-    projected = projected.unflatten(-1, (halves, width // halves)).transpose(0, 1)  # (halves, S, W / halves)
     activated = epilogue.forward(projected, rows.new_empty(rows.shape[0], intermediate))
     output = rows.new_empty(rows.shape)
     linear(activated, down, down_bias, segments, bank.is_transposed, output)
@@ -95,12 +96,17 @@ def _linear(
     out: torch.Tensor,
 ) -> None:
     for expert, start, end in segments:
-        matrix = stacked.select(0, expert)
+        x, y, matrix = rows[start:end], out[start:end], stacked.select(0, expert)
+        if not is_transposed and end - start in _FEW_ROWS and x.dtype == torch.float32:
+            y.copy_(torch.mm(matrix, x.t()).t())  # W x as it lies in memory, then y is turned
+            if bias is not None:
+                y += bias.select(0, expert)
+            continue
         matrix = matrix if is_transposed else matrix.t()
         if bias is None:
-            torch.mm(rows[start:end], matrix, out=out[start:end])
+            torch.mm(x, matrix, out=y)
         else:
-            torch.addmm(bias.select(0, expert), rows[start:end], matrix, out=out[start:end])
+            torch.addmm(bias.select(0, expert), x, matrix, out=y)
 
 
 def _compiled_linear(

@@ -55,20 +55,13 @@ def _activation(function: Any) -> _Activation | None:
 
 
 class Epilogue:
-    """Interface of the step between the projections.
-
-    `halves` says how the first projection is stored: as that many matrices of width I beside each other in one
-    buffer `(halves, R, I)`. The activation needs its passes over contiguous rows: on strided halves they take twice
-    as long.
-    """
-
-    halves: int = 1
+    """Interface of the step between the projections. Rows are changed in place where that saves memory."""
 
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Activation of the rows.
 
         Args:
-            projected (`torch.Tensor` of shape `(halves, R, W / halves)`): First projection; is not changed.
+            projected (`torch.Tensor` of shape `(R, W)`): First projection; is not changed.
             out (`torch.Tensor` of shape `(R, I)`): Where the result goes.
 
         Returns:
@@ -76,19 +69,13 @@ class Epilogue:
         """
         raise TypeError(f"{type(self).__name__} must implement `forward`.")
 
-    def backward(
-        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
-    ) -> torch.Tensor:
-        """Gradient of the first projection.
+    def backward(self, projected: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Turns the first projection into its gradient.
 
         Args:
-            projected (`torch.Tensor` of shape `(halves, R, W / halves)`): First projection; is not changed.
-            grad (`torch.Tensor` of shape `(R, I)`): Gradient of the activation; may be used as scratch.
-            out (`torch.Tensor` of shape `(R, W)`): Where the result goes.
+            projected (`torch.Tensor` of shape `(R, W)`): First projection; its gradient takes its place.
+            grad (`torch.Tensor` of shape `(R, I)`): Gradient of the activation; is used up.
             scratch (`torch.Tensor` of shape `(R, I)`): Memory to use.
-
-        Returns:
-            `out`.
         """
         raise TypeError(f"{type(self).__name__} must implement `backward`.")
 
@@ -96,23 +83,18 @@ class Epilogue:
 class GatedEpilogue(Epilogue):
     """act(g) * u, the halves side by side: Llama's, Mixtral's, Qwen's SwiGLU."""
 
-    halves = 2
-
     def __init__(self, activation: _Activation):
         self.activation = activation
 
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        gate, up = projected
+        gate, up = projected.chunk(2, dim=-1)
         return self.activation.forward(gate, out=out).mul_(up)
 
-    def backward(
-        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
-    ) -> torch.Tensor:
-        gate, up = projected
-        intermediate = grad.shape[-1]
-        torch.mul(grad, self.activation.forward(gate, out=scratch), out=out[:, intermediate:])
-        out[:, :intermediate] = self.activation.backward(grad.mul_(up), gate, grad_input=scratch)
-        return out
+    def backward(self, projected: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor) -> None:
+        gate, up = projected.chunk(2, dim=-1)
+        grad_up = self.activation.forward(gate, out=scratch).mul_(grad)  # du = act(g) da
+        self.activation.backward(grad.mul_(up), gate, grad_input=gate)  # dg = act'(g) u da
+        up.copy_(grad_up)
 
 
 class UnaryEpilogue(Epilogue):
@@ -122,12 +104,10 @@ class UnaryEpilogue(Epilogue):
         self.activation = activation
 
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return self.activation.forward(projected[0], out=out)
+        return self.activation.forward(projected, out=out)
 
-    def backward(
-        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
-    ) -> torch.Tensor:
-        return self.activation.backward(grad, projected[0], grad_input=out)
+    def backward(self, projected: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor) -> None:
+        self.activation.backward(grad, projected, grad_input=projected)
 
 
 class CallableEpilogue(Epilogue):
@@ -137,15 +117,13 @@ class CallableEpilogue(Epilogue):
         self.function = function
 
     def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return out.copy_(self.function(projected[0]))
+        return out.copy_(self.function(projected))
 
-    def backward(
-        self, projected: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, scratch: torch.Tensor
-    ) -> torch.Tensor:
+    def backward(self, projected: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor) -> None:
         with torch.enable_grad():
-            rows = projected[0].detach().requires_grad_()
+            rows = projected.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.function(rows), rows, grad)
-        return out.copy_(gradient)
+        projected.copy_(gradient)
 
 
 _KNOWN = {

@@ -1,20 +1,22 @@
 r"""The whole expert bank as one differentiable function: gather, two projections per expert, epilogue, weighted sum.
 
 Forward, for the rows of expert e: h = x W_u, a = act(h), y = a W_d, and out_t = sum of w y over the slots of t. Rows
-are taken expert by expert, so that everything between the two products stays in cache; nothing but the rows of y is
-as long as the batch. Backward keeps h only and uses
+are taken expert by expert, and a few hundred at a time, so that what lies between the two products stays in cache;
+nothing but the rows of y is as long as the batch. Backward keeps h only and uses
 
-    G = g W_d^T        dw = sum_i a_i G_i (+ g b_d)     da = w G       dW_d = (w a)^T g
+    G = g W_d^T        dw = sum_i a_i G_i (+ g b_d)     da = w G       dW_d = a^T (w g)
     dh = act'(h) da    dW_u = x^T dh                    dx = dh W_u^T
 
-so neither y nor the scaled gradient of it is ever stored, and each gradient of a weight is written where it belongs.
+so neither y nor the scaled gradient of it is ever stored, dh takes the place of h once nobody needs h again, and each
+gradient of a weight is written where it belongs.
 
 Rows may be rounded up (see `buckets.py`): the product then also covers the first rows of the next expert, which are
-overwritten when that expert's turn comes; in backward the surplus rows are zeroed.
+overwritten when that expert's turn comes; in backward the surplus rows of one side are zeroed.
 
 Shapes: T tokens, K slots per token, S slots in use, N experts, D hidden, I intermediate, W = 2I or I.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +25,15 @@ from .bank import ExpertBank
 from .buckets import bucket_rows
 from .dispatch import Dispatch, compact_dispatch
 from .epilogue import Epilogue
+from .huge_pages import advise_huge_pages
 from .workspace import workspace
 
 
 __all__ = ["combine", "fused_experts"]
+
+
+# Rows per product: enough for its full speed, few enough for the activations of the widest experts to stay in cache.
+_PIECE = 256
 
 
 class _Plan(NamedTuple):
@@ -40,7 +47,13 @@ class _Plan(NamedTuple):
 
     @property
     def max_rows(self) -> int:
+        """Rows of the busiest expert."""
         return self.rounded(self.dispatch.max_rows)
+
+    @property
+    def max_piece(self) -> int:
+        """Rows of the longest piece."""
+        return min(_PIECE, self.max_rows)
 
     @property
     def padded_rows(self) -> int:
@@ -85,6 +98,12 @@ def fused_experts(
     return _forward(plan, *detached)[0]
 
 
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    """`(start, end)` of runs of at most `_PIECE` rows."""
+    for start in range(0, count, _PIECE):
+        yield start, min(start + _PIECE, count)
+
+
 def _forward(
     plan: _Plan,
     hidden_states: torch.Tensor,
@@ -97,29 +116,29 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     dispatch, dtype = plan.dispatch, hidden_states.dtype
     hidden = hidden_states.shape[-1]
-    halves = plan.epilogue.halves
     width, intermediate = _widths(plan, up, down)
-    half = width // halves
     output = workspace.take("output rows", (plan.padded_rows, hidden), dtype)
-    inputs = workspace.take("rows", (plan.max_rows, hidden), dtype)
-    activated = workspace.take("activated", (plan.max_rows, intermediate), dtype)
+    inputs = workspace.take("rows", (plan.max_piece, hidden), dtype)
+    activated = workspace.take("activated", (plan.max_piece, intermediate), dtype)
+    kept: Any = None
     if keep:
-        kept = hidden_states.new_empty(halves, plan.padded_rows, half)
+        kept = advise_huge_pages(hidden_states.new_empty(plan.padded_rows, width))
     else:
-        kept = workspace.take("projected", (halves, plan.max_rows, half), dtype)
-    for expert, start, end in dispatch.segments:
-        rows = plan.rounded(end - start)
-        x, a = inputs[:rows], activated[:rows]
-        torch.index_select(hidden_states, 0, dispatch.tokens[start:end], out=inputs[: end - start])
-        h = kept[:, start : start + rows] if keep else kept[:, :rows]
-        matrix = plan.matrix(up, expert)
-        for i in range(halves):
-            columns = slice(i * half, (i + 1) * half)
-            _product(x, matrix[:, columns], None if up_bias is None else up_bias[expert, columns], h[i])
-        plan.epilogue.forward(h, a)
-        bias = None if down_bias is None else down_bias[expert]
-        _product(a, plan.matrix(down, expert), bias, output[start : start + rows])
-    return combine(output[: dispatch.num_rows], dispatch, weights, hidden_states.shape[0]), kept if keep else None
+        projected = workspace.take("projected", (plan.max_piece, width), dtype)
+    for expert, first, last in dispatch.segments:
+        for piece_start, piece_end in _pieces(last - first):
+            start, end = first + piece_start, first + piece_end
+            rows = plan.rounded(end - start)
+            x, a = inputs[:rows], activated[:rows]
+            torch.index_select(hidden_states, 0, dispatch.tokens[start:end], out=inputs[: end - start])
+            h = kept[start : start + rows] if keep else projected[:rows]
+            _product(x, plan.matrix(up, expert), None if up_bias is None else up_bias[expert], h)
+            plan.epilogue.forward(h, a)
+            bias = None if down_bias is None else down_bias[expert]
+            _product(a, plan.matrix(down, expert), bias, output[start : start + rows])
+    if keep:
+        kept[dispatch.num_rows :].zero_()  # surplus rows of the last expert
+    return combine(output[: dispatch.num_rows], dispatch, weights, hidden_states.shape[0]), kept
 
 
 def _backward(
@@ -147,48 +166,57 @@ def _backward(
     ]
     grad_up, grad_up_bias, grad_down, grad_down_bias = grads
     grad_rows: Any = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
-    size = plan.max_rows
-    buffer = workspace.take("rows", (size, hidden), dtype)  # first the gradient's rows, then the input's
-    a_buffer = workspace.take("activated", (size, intermediate), dtype)
-    back_buffer = workspace.take("activated gradient", (size, intermediate), dtype)
-    h_buffer = workspace.take("projected gradient", (size, width), dtype)
-    scratch = h_buffer.view(-1)[: size * intermediate].view(size, intermediate)
+    buffer = workspace.take("rows", (plan.max_rows, hidden), dtype)  # first the gradient's rows, then the input's
+    a_buffer = workspace.take("activated", (plan.max_rows, intermediate), dtype)
+    back_buffer = workspace.take("activated gradient", (plan.max_piece, intermediate), dtype)
+    scratch = workspace.take("scratch", (plan.max_piece, intermediate), dtype)
+    in_place = not _graph_is_kept()
+    h_buffer = kept if in_place else workspace.take("projected", (plan.max_rows, width), dtype)
     for expert, start, end in dispatch.segments:
         count, rows = end - start, plan.rounded(end - start)
         g = _gather(grad, dispatch.tokens[start:end], buffer, rows)
         w = weight_rows[start:end, None]
-        h, a, back = kept[:, start : start + rows], a_buffer[:rows], back_buffer[:rows]
-        torch.mm(g, plan.matrix(down, expert).t(), out=back)  # G
+        h, a = kept[start : start + rows], a_buffer[:rows]
+        if not in_place:
+            h = h_buffer[:rows].copy_(h)
         if need_w or need_down:
             plan.epilogue.forward(h, a)
-        if need_w:
-            torch.mul(a, back, out=scratch[:rows])
-            torch.sum(scratch[:count], dim=-1, dtype=weights.dtype, out=grad_weight_rows[start:end])
-            if down_bias is not None:
-                grad_weight_rows[start:end] += torch.mm(g[:count], down_bias[expert][:, None])[:, 0]
+        for first, last in _pieces(count):
+            back = back_buffer[: plan.rounded(last - first)]
+            torch.mm(g[first : first + back.shape[0]], plan.matrix(down, expert).t(), out=back)  # G
+            back, temporary = back[: last - first], scratch[: last - first]
+            if need_w:
+                torch.mul(a[first:last], back, out=temporary)
+                torch.sum(temporary, dim=-1, dtype=weights.dtype, out=grad_weight_rows[start + first : start + last])
+            if need_projected:
+                plan.epilogue.backward(h[first:last], back.mul_(w[first:last]), temporary)  # h is dh from here on
+        if need_w and down_bias is not None:
+            grad_weight_rows[start:end] += torch.mm(g[:count], down_bias[expert][:, None])[:, 0]
+        if need_down or need_down_bias:
+            g[:count].mul_(w)
         if need_down:
-            a[:count].mul_(w)
-            a[count:].zero_()
             _weight_gradient(plan, a, g, grad_down[expert])
         if need_down_bias:
-            torch.sum(g[:count] * w, dim=0, dtype=dtype, out=grad_down_bias[expert])
-        if not need_projected:
-            continue
-        back[:count].mul_(w)
-        dh = plan.epilogue.backward(h, back, h_buffer[:rows], a)
-        dh[count:].zero_()
+            torch.sum(g[:count], dim=0, out=grad_down_bias[expert])
         if need_up:
             x = _gather(hidden_states, dispatch.tokens[start:end], buffer, rows)
-            _weight_gradient(plan, x, dh, grad_up[expert])
+            _weight_gradient(plan, x, h, grad_up[expert])
         if need_up_bias:
-            torch.sum(dh[:count], dim=0, out=grad_up_bias[expert])
+            torch.sum(h[:count], dim=0, out=grad_up_bias[expert])
         if need_x:
-            torch.mm(dh, plan.matrix(up, expert).t(), out=grad_rows[start : start + rows])
+            torch.mm(h, plan.matrix(up, expert).t(), out=grad_rows[start : start + rows])
     grad_x = combine(grad_rows[: dispatch.num_rows], dispatch, None, tokens) if need_x else None
     grad_w = None
     if need_w:
         grad_w = weights.new_zeros(weights.numel()).scatter_(0, dispatch.slots, grad_weight_rows).view_as(weights)
     return grad_x, grad_w, *grads
+
+
+def _graph_is_kept() -> bool:
+    """Whether somebody may run this backward again (`retain_graph`), so that what it reads must stay as it is."""
+    autograd = getattr(torch._C, "_autograd", None)
+    asks = getattr(autograd, "_get_current_graph_task_keep_graph", None)
+    return asks is None or asks()
 
 
 def combine(
@@ -247,7 +275,7 @@ def _weight_gradient(plan: _Plan, inputs: torch.Tensor, grad: torch.Tensor, out:
 
 def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
     """Memory for a stacked gradient in which only the experts that nobody chose are filled, with zeros."""
-    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    gradient = advise_huge_pages(torch.empty_like(parameter, memory_format=torch.contiguous_format))
     chosen = {segment.expert for segment in dispatch.segments}
     for expert in range(parameter.shape[0]):
         if expert not in chosen:

@@ -32,6 +32,7 @@ ROUTINGS = {
     "one token, one slot empty": (1, 2, lambda: torch.tensor([[2, EXPERTS]])),
     "one token, all slots empty": (1, 2, lambda: torch.tensor([[EXPERTS, EXPERTS]])),
     "many tokens": (150, 2, None),
+    "more rows than one product takes": (600, 1, lambda: torch.arange(600)[:, None] // 550),
 }
 
 
@@ -197,6 +198,21 @@ def test_two_threads_do_not_disturb_each_other(path):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_kept_graph_gives_the_same_gradients_again(path):
+    bank = make_bank(implementation=path)
+    hidden, index, weights = make_inputs(40)
+    inputs = (hidden.requires_grad_(), weights.requires_grad_(), *bank.parameters())
+    total = bank(hidden, index, weights).sum()
+    first = torch.autograd.grad(total, inputs, retain_graph=True)
+    again = torch.autograd.grad(total, inputs, retain_graph=True)
+    last = torch.autograd.grad(total, inputs)  # now the memory of the forward may be used up
+    for a, b, c in zip(first, again, last, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(total, inputs)
 
 
 @pytest.mark.parametrize("path", PATHS)
