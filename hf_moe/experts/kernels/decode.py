@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .bank import ExpertBank
+from .combine import combine
 from .dispatch import Segment, compact_dispatch
-from .fused import combine
 
 
 __all__ = ["decode_experts"]

@@ -23,13 +23,15 @@ import torch
 
 from .bank import ExpertBank
 from .buckets import bucket_rows
+from .combine import combine
 from .dispatch import Dispatch, compact_dispatch
 from .epilogue import Epilogue
+from .first_order import first_order_only
 from .huge_pages import advise_huge_pages
 from .workspace import workspace
 
 
-__all__ = ["combine", "fused_experts"]
+__all__ = ["fused_experts"]
 
 
 # Rows per product: enough for its full speed, few enough for the activations of the widest experts to stay in cache.
@@ -219,34 +221,6 @@ def _graph_is_kept() -> bool:
     return asks is None or asks()
 
 
-def combine(
-    rows: torch.Tensor, dispatch: Dispatch, weights: torch.Tensor | None, tokens: int, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """Sum over the slots of each token, accumulated in float32, in slot order: the same from run to run.
-
-    Args:
-        rows (`torch.Tensor` of shape `(S, D)`): One row per slot in use, sorted by expert.
-        dispatch ([`Dispatch`]): Where they belong.
-        weights (`torch.Tensor` of shape `(T, K)`, *optional*): Factors; 1 by default.
-        tokens (`int`): T.
-        dtype (`torch.dtype`, *optional*): Of the result; that of `rows` by default.
-
-    Returns:
-        `torch.Tensor` of shape `(T, D)`.
-    """
-    dtype = dtype or rows.dtype
-    if not dispatch.num_rows:
-        return rows.new_zeros(tokens, rows.shape[-1], dtype=dtype)
-    if weights is not None:
-        weights = weights.reshape(-1)
-        weights = weights if dispatch.in_use is None else weights[dispatch.in_use]
-        if weights.dtype != rows.dtype:  # the bag wants one dtype: the wider of the two
-            wider = torch.promote_types(weights.dtype, rows.dtype)
-            rows, weights = rows.to(wider), weights.to(wider)
-    # A bag of embeddings is this sum, in one pass over the rows.
-    return torch.embedding_bag(rows, dispatch.rows, dispatch.offsets, False, 0, False, weights)[0].to(dtype)
-
-
 def _widths(plan: _Plan, up: torch.Tensor, down: torch.Tensor) -> tuple[int, int]:
     return (up.shape[2], down.shape[1]) if plan.is_transposed else (up.shape[1], down.shape[2])
 
@@ -297,28 +271,3 @@ class _FusedExperts(torch.autograd.Function):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             grads = _backward(ctx.plan, needs, grad, *ctx.saved_tensors)
         return None, *first_order_only(grads, grad)
-
-
-def first_order_only(grads: tuple[torch.Tensor | None, ...], cause: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Gradients which say, when they are differentiated again, that they cannot be.
-
-    Args:
-        grads (`tuple`): Gradients, `None` where none was asked for.
-        cause (`torch.Tensor`): The incoming gradient.
-    """
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(None if g is None else _FirstOrder.apply(g, cause.detach().requires_grad_()) for g in grads)
-
-
-class _FirstOrder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, cause: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        raise RuntimeError(
-            '`experts_implementation="hf_moe"` has no second derivative. Call '
-            '`model.set_experts_implementation("eager")` for what differentiates gradients.'
-        )
