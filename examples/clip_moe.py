@@ -14,7 +14,8 @@ and answers for held-out pictures: retrieval of captions by canvases and the oth
 same), and zero-shot questions about the first picture, its class, size and shade. For each stage there is how far its
 clusters agree with what is on the canvases, and what its model alone knows.
 
-    python examples/clip_moe.py --data /usr/share/datasets/fashion-mnist     # 3 seeds, 7 minutes each on one core
+    python examples/clip_moe.py --data /usr/share/datasets/fashion-mnist     # 3 seeds, 6 minutes each on one core
+    python examples/clip_moe.py --preset long --data ...                     # the CLIP they start from learned longer
     python examples/clip_moe.py --preset full --data ...                     # 5 seeds, a larger CLIP
 
 Learning rates are the best of three for each arm, by retrieval on validation pictures, in runs of half the length with
@@ -77,6 +78,7 @@ PRESETS = {
     "tiny": Preset((0, 1), 400, 60, 4, 8, 4, 32, 1, 2),
     "tune": Preset((100,), 30_000, 1000, 500, 160, 128, 64, 3, 2),
     "short": Preset((0, 1, 2), 20_000, 1000, 800, 320, 128, 64, 3, 2),
+    "long": Preset((0, 1, 2), 50_000, 1000, 4000, 320, 128, 64, 3, 2),
     "full": Preset((0, 1, 2, 3, 4), 200_000, 2000, 10_000, 8_000, 256, 256, 6, 2),
 }
 #: The best of 3e-4, 1e-3 and 3e-3 for each arm on validation pictures (preset tune, seed 100).
