@@ -40,13 +40,27 @@ def load_teacher(teacher: Any, student: Any, options: Mapping[str, Any] | None =
     return teacher.eval().requires_grad_(False)
 
 
-def image_tokens(config: Any) -> int | None:
-    """Tokens an image of a LLaVA-like model takes; `None` for models of text, or where it depends on the image."""
+def image_tokens(model: Any) -> int | None:
+    """Tokens an image of a LLaVA-like model takes; `None` for models of text, or where it depends on the image.
+
+    Args:
+        model (`PreTrainedModel`): The model. How many rows its tower has beside the patches (a class token, registers)
+            is told by the tower's parameters.
+    """
+    config = model.config
     vision = getattr(config, "vision_config", None)
-    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if not (isinstance(size, int) and isinstance(patch, int) and hasattr(config, "vision_feature_select_strategy")):
+    tower = getattr(getattr(model, "base_model", None), "vision_tower", None)
+    size: Any = getattr(vision, "image_size", None)
+    patch: Any = getattr(vision, "patch_size", None)
+    known = isinstance(size, int) and isinstance(patch, int) and hasattr(config, "vision_feature_select_strategy")
+    if tower is None or not known or config.vision_config.model_type == "pixtral":
         return None
-    return (size // patch) ** 2 + (config.vision_feature_select_strategy == "full")
+    parameters = {name.rpartition(".")[2]: parameter for name, parameter in tower.named_parameters()}
+    others = int(not parameters.keys().isdisjoint(("class_embedding", "cls_token")))
+    if "register_tokens" in parameters:
+        weight = parameters["register_tokens"]
+        others += getattr(weight, "ds_shape", weight.shape)[1]
+    return (size // patch) ** 2 + others - (config.vision_feature_select_strategy == "default")
 
 
 def check_teacher(student: Any, teacher: Any, num_tokens: int | None = None) -> int:
@@ -65,7 +79,7 @@ def check_teacher(student: Any, teacher: Any, num_tokens: int | None = None) -> 
     """
     ours, theirs = student.config, teacher.config
     pair = f"the student ({type(student).__name__}) and the teacher ({type(teacher).__name__})"
-    counts = image_tokens(ours), image_tokens(theirs)
+    counts = image_tokens(student), image_tokens(teacher)
     if (getattr(ours, "vision_config", None) is None) != (getattr(theirs, "vision_config", None) is None):
         raise ValueError(f"`teacher_model`: of {pair}, only one reads images. Use two that do, or two that do not.")
     if None not in counts and counts[0] != counts[1]:
