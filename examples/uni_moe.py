@@ -14,7 +14,7 @@ One language model answers in words about what it sees and hears:
 | spoken | four pictures, and a clip that says which | the class of one of them |
 
 Clips are the channel names of the Debian package `alsa-utils` (`Front_Left.wav` and so on); without `--sounds` they
-are pairs of tones, computed here. The speech encoder and the connector behind it are Whisper's, cut to two seconds;
+are pairs of tones, computed here. The speech encoder and the connector behind it are Whisper's, cut to one second;
 without `--whisper` a small one is trained here first, as are the picture encoder (a small CLIP vision transformer that
 learns the classes) and the language model (a small Llama that learns the questions with words in the place of pictures
 and clips). All methods and seeds share these three. Held out are pictures of the test set, and the same recordings at
@@ -51,7 +51,7 @@ PLACES = ("front left", "front right", "rear left", "rear right")  # of the four
 KINDS = ("picture", "mosaic", "video", "speech", "spoken")
 TOKENS = ("<image>", "<video>", "<speech>")
 WORDS = ("what", "is", "it", "?", "moves", "was", "said", "front", "rear", "side", "left", "right", "center")
-RATE, SECONDS, QUERIES, FRAMES = 16_000, 2, 8, 4
+RATE, SECONDS, QUERIES, FRAMES = 16_000, 1, 8, 4
 METHODS = ("Uni-MoE", "copies", "dense")
 MIXES = ("image", "speech+image", "video+image")
 EVERYTHING = "image+video+speech"
@@ -68,7 +68,7 @@ TEXT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "nu
 PRESETS = {
     "tiny": {"encoder_steps": 2, "text_steps": 2, "align_steps": 2, "expert_steps": 2, "joint_steps": 2,
              "batch_size": 4, "rows": 4, "held_out": 2, "seeds": [0]},
-    "short": {"encoder_steps": 600, "text_steps": 1500, "align_steps": 150, "expert_steps": 100, "joint_steps": 150,
+    "short": {"encoder_steps": 600, "text_steps": 1500, "align_steps": 100, "expert_steps": 80, "joint_steps": 200,
               "batch_size": 16, "rows": 600, "held_out": 150, "seeds": [0, 1, 2]},
 }  # fmt: skip
 
@@ -103,10 +103,13 @@ def load_clips(folder: str | None) -> list[np.ndarray]:
 
 
 def varied(clip: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A clip at another speed, loudness and start, with noise."""
-    length = int(len(clip) * random.uniform(0.9, 1.1))
-    sound = np.interp(np.linspace(0, len(clip) - 1, length), np.arange(len(clip)), clip) * random.uniform(0.4, 1.0)
-    sound = np.concatenate([np.zeros(random.integers(RATE // 4)), sound])[: RATE * SECONDS]
+    """What is said in a clip within a second: at another speed, loudness and start, with noise."""
+    loud = np.flatnonzero(np.convolve(np.abs(clip), np.ones(160) / 160, "same") > 0.1 * np.abs(clip).max())
+    said = clip[loud[0] : loud[-1] + 1] if len(loud) else clip
+    length = int(RATE * SECONDS * random.uniform(0.75, 0.95))
+    sound = np.interp(np.linspace(0, len(said) - 1, length), np.arange(len(said)), said) * random.uniform(0.4, 1.0)
+    before = random.integers(RATE * SECONDS - length)
+    sound = np.concatenate([np.zeros(before), sound, np.zeros(RATE * SECONDS - length - before)])
     return (sound + random.normal(0, 0.005, len(sound))).astype(np.float32)
 
 
