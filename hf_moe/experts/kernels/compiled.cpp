@@ -116,15 +116,28 @@ inline void block(const T* x, const T* w, int64_t k, float* sums) {
   }
 }
 
+// Four sums of one row, with their biases, to where they belong.
+inline void store(const float* sums, const float* bias, float* out) {
+  for (int o = 0; o < kBlock; ++o) out[o] = sums[o] + (bias ? bias[o] : 0.f);
+}
+
+inline void store(const float* sums, const at::BFloat16* bias, at::BFloat16* out) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  __m128 v = _mm_loadu_ps(sums);
+  if (bias) {
+    v = _mm_add_ps(v, _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)bias)), 16)));
+  }
+  _mm_storel_epi64((__m128i*)out, (__m128i)_mm_cvtneps_pbh(v));
+#else
+  for (int o = 0; o < kBlock; ++o) out[o] = (at::BFloat16)(sums[o] + (bias ? (float)bias[o] : 0.f));
+#endif
+}
+
 template <int ROWS, bool PREFETCH, typename T>
 inline void finish(const T* x, const T* w, const T* bias, int64_t k, int64_t width, T* out) {
   float sums[kBlock * kBlock];
   block<ROWS, PREFETCH>(x, w, k, sums);
-  for (int r = 0; r < ROWS; ++r) {
-    for (int o = 0; o < kBlock; ++o) {
-      out[r * width + o] = (T)(sums[r * kBlock + o] + (bias ? (float)bias[o] : 0.f));
-    }
-  }
+  for (int r = 0; r < ROWS; ++r) store(sums + r * kBlock, bias, out + r * width);
 }
 
 // Up to four rows.
