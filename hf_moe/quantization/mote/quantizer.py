@@ -30,7 +30,8 @@ class MoteQuantizer(HfQuantizer):
     """transformers' side of [`~hf_moe.export_ternary`]: packed banks before the weights are read, and `dequantize`.
 
     Raises:
-        ValueError: asked to quantise a checkpoint while loading it: rounding is part of training here.
+        ValueError: asked to quantise a checkpoint while loading it: rounding is part of training here; or a checkpoint
+            that lacks some of the packed tensors, which would otherwise be whatever was in memory.
     """
 
     quantization_config: MoteQuantizationConfig
@@ -52,6 +53,20 @@ class MoteQuantizer(HfQuantizer):
             raise ValueError(
                 f"`quantization_config` says that the experts of this {type(model).__name__} are packed ternary ones, "
                 f"but its config has `expert_type={found!r}` instead of 'ternary'."
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        tensors = model.state_dict(keep_vars=True)
+        read = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+        if not read:  # nothing says what came from the files
+            return
+        banks = [name for name, module in model.named_modules() if isinstance(module, PackedTernaryExperts)]
+        missing = [n for bank in banks for n in tensors if n.startswith(f"{bank}.") and n not in read]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of packed experts, {missing[0]!r} among them: a file is "
+                "missing, cut or changed. Copy the checkpoint again, or export the model again with "
+                "`hf_moe.export_ternary`."
             )
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

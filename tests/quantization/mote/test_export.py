@@ -6,10 +6,17 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from common.tiny_llava import dense_llava, llava_inputs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from hf_moe import MoeLlamaConfig, MoeLlamaForCausalLM, export_ternary
+from hf_moe import (
+    MoeLlamaConfig,
+    MoeLlamaForCausalLM,
+    MoeLlavaForConditionalGeneration,
+    export_ternary,
+    upcycle_mote,
+)
 from hf_moe.experts import TernaryExperts
 from hf_moe.quantization.mote.experts import PackedTernaryExperts
 
@@ -148,6 +155,44 @@ def test_damaged_files_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="`version` of the packed experts must be 1, got 2"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["down_packed", "gate_up_packed", "down_scale"])
+def test_a_checkpoint_without_some_packed_tensor_is_refused(tmp_path, name):
+    model = make_model()
+    export_ternary(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(key for key in tensors if key.endswith(f".experts.{name}"))
+    kept = {key: tensor for key, tensor in tensors.items() if key != lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors of packed experts, '{lost}' among them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    cut = {**tensors, lost: tensors[lost][:-1].contiguous()}
+    save_file(cut, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@torch.no_grad()
+def test_an_image_text_model_is_made_ternary_packed_and_loaded(tmp_path):
+    dense, inputs = dense_llava(), llava_inputs()
+    moe, _ = upcycle_mote(dense, init_output_scale=0.0)
+    assert type(moe) is MoeLlavaForConditionalGeneration
+    torch.testing.assert_close(moe.eval()(**inputs).logits, dense(**inputs).logits, rtol=0, atol=1e-5)
+    moe, _ = upcycle_mote(dense)
+    expected = moe.eval()(**inputs).logits
+    report = export_ternary(moe)
+    assert report.bits_per_weight <= 2.2
+    torch.testing.assert_close(moe(**inputs).logits, expected, rtol=0, atol=1e-5)
+    moe.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert any(isinstance(module, PackedTernaryExperts) for module in again.modules())
+    assert torch.equal(again(**inputs).logits, moe(**inputs).logits)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(again.generate(**inputs, **options), moe.generate(**inputs, **options))
 
 
 def test_a_fresh_process_loads_packed_experts(tmp_path):
