@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from trl import SFTTrainer
 
 from hf_moe import upcycle
 from hf_moe.trainers import MimicDistillationConfig, MimicDistillationTrainer
@@ -249,6 +250,19 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
         build(tmp_path, llava, dense_llava(vision={"patch_size": 4}))
     with pytest.raises(ValueError, match="`image_token_id` is 63 for the student and 31 for the teacher"):
         build(tmp_path, llava, dense_llava(vocab_size=32))
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_student_in_shards_is_refused(tmp_path, monkeypatch, kind):
+    made = SFTTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        setattr(self, kind, True)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match=r"does not support FSDP and DeepSpeed.*accelerate launch --multi_gpu"):
+        build(tmp_path, dense(), dense(1))
 
 
 @pytest.mark.parametrize(

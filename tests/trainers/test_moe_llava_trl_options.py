@@ -5,6 +5,7 @@ import torch
 from common.tiny_llava import dense_llava, images, make_processor, moe_llava
 from common.tiny_training import Watch, arguments, expert_lora, third_party_warnings
 from datasets import Dataset
+from peft import PeftModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_moe.trainers import MoeTuningConfig, moe_tuning_trainer
@@ -105,6 +106,20 @@ def test_a_head_that_liger_would_replace_is_refused(processor, tmp_path):
     options = {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}
     with pytest.warns(FutureWarning), pytest.raises(ValueError, match=r"fused_linear_cross_entropy.*not supported"):
         trained(SFTTrainer, SFTConfig, fitted(processor), processor, tmp_path, **options)
+
+
+def test_an_adapter_is_saved_loaded_and_merged(processor, tmp_path):
+    run = trained(SFTTrainer, SFTConfig, fitted(processor), processor, tmp_path, expert_lora(), max_steps=3)
+    run.save_model(tmp_path / "adapter")
+    batch = {name: value for name, value in run.batches[0][0].items() if name != "labels"}
+    with torch.no_grad():
+        expected = run.model.eval()(**batch).logits
+        plain = fitted(processor)(**batch).logits
+        again = PeftModel.from_pretrained(fitted(processor), tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(**batch).logits, expected, rtol=0, atol=1e-5)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, TrainerCallback, WhisperFeatureExtractor
 
 from hf_moe import UniMoeProcessor
-from hf_moe.trainers import UniMoeCollator, UniMoeTrainingArguments, train_uni_moe
+from hf_moe.trainers import MoeTrainer, UniMoeCollator, UniMoeTrainingArguments, train_uni_moe
 from hf_moe.trainers.command import METHODS
 from hf_moe.trainers.scripts import uni_moe as script
 from hf_moe.trainers.uni_moe_data import choose_rows, row_modalities
@@ -241,6 +241,20 @@ def test_models_and_processors_that_do_not_fit_are_refused(parts, tmp_path):
         train_uni_moe(model, make(tmp_path), rows(), processor)
     processor.tokenizer.add_tokens(["later"])
     with pytest.raises(ValueError, match=r"its tokenizer knows \d+ tokens, but the vocabulary of `model` has \d+"):
+        train_uni_moe(model, make(tmp_path), rows(), processor)
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_models_in_shards_are_refused(kind, parts, tmp_path, monkeypatch):
+    model, processor = parts
+    made = MoeTrainer.__init__
+
+    def sharded(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        setattr(self, kind, True)
+
+    monkeypatch.setattr(MoeTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match=r"which FSDP and DeepSpeed shard. Use DDP"):
         train_uni_moe(model, make(tmp_path), rows(), processor)
 
 
