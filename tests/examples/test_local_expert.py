@@ -1,9 +1,11 @@
 import json
 
 import torch
+import pytest
 from common.examples import load_example
 
 
+@pytest.mark.slow
 def test_local_expert_example_runs_at_its_smallest(tmp_path):
     example = load_example("local_expert")
     generator = torch.Generator().manual_seed(0)

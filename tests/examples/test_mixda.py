@@ -27,6 +27,7 @@ def tiny_bert(tmp_path, tiny_tokenizer):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_both_stages_run_and_the_methods_are_compared(example, tiny_bert, tmp_path, capsys):
     options = "--domains licences --tasks licences --head-steps 2 --knowledge-steps 3 --task-steps 2 --length 16"
     out = tmp_path / "out"

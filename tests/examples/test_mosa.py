@@ -46,6 +46,7 @@ def toy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_smallest_run_writes_table_plot_and_record(example, toy, tmp_path, capsys):
     folder = tmp_path / "out"
     results = example.main(
