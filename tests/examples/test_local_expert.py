@@ -1,7 +1,7 @@
 import json
 
-import torch
 import pytest
+import torch
 from common.examples import load_example
 
 
