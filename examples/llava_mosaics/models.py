@@ -59,38 +59,38 @@ def _tiny() -> tuple[Any, Any]:
     return LlamaForCausalLM(config), tokenizer
 
 
-def shallow(model: Any, layers: int) -> Any:
-    """The same language model with fewer layers, evenly spread from the first to the last.
+@torch.no_grad()
+def shallow(llava: Any, layers: int) -> Any:
+    """The same LLaVA with fewer layers of its language model, evenly spread from the first to the last.
 
     Args:
-        model: A causal language model; unchanged.
+        llava: Unchanged.
         layers (`int`): How many stay.
     """
-    count = model.config.num_hidden_layers
+    count = llava.config.text_config.num_hidden_layers
     keep = torch.linspace(0, count - 1, layers).round().long().tolist()
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in keep]
-    student = type(model)(config)
-    student.load_state_dict(model.state_dict(), strict=False)  # embeddings, norm and head
-    for new, old in zip(student.base_model.layers, keep, strict=True):
-        new.load_state_dict(model.base_model.layers[old].state_dict())
+    config = copy.deepcopy(llava.config)
+    config.text_config.num_hidden_layers = layers
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = [config.text_config.layer_types[layer] for layer in keep]
+    student = type(llava)(config)
+    weights = llava.state_dict()
+    for name, tensor in student.state_dict().items():
+        before, found, after = name.partition("language_model.layers.")
+        layer, _, rest = after.partition(".")
+        tensor.copy_(weights[f"{before}{found}{keep[int(layer)]}.{rest}" if found else name])
     return student
 
 
-def make_llava(tower: Path, name: str, layers: int | None, seed: int) -> tuple[Any, Any]:
+def make_llava(tower: Path, name: str, seed: int) -> tuple[Any, Any]:
     """A LLaVA with a new projector, and its processor.
 
     Args:
         tower (`Path`): Where the small CLIP is saved.
         name (`str`): As in [`language_model`].
-        layers (`int`, *optional*): As in [`shallow`]; all by default.
         seed (`int`): Of the projector.
     """
     model, tokenizer = language_model(name)
-    if layers is not None:
-        model = shallow(model, layers)
     vision = CLIPVisionModel.from_pretrained(tower)
     return assemble_llava(vision, model, tokenizer, image_processor(), chat_template=CHAT_TEMPLATE, seed=seed)
 

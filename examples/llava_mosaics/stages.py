@@ -1,11 +1,13 @@
 """The stages a teacher and its students go through, each with the trainer a user would take, each kept when done.
 
-teacher   projector -> sft
-student   projector -> sft -> sft                       supervised
-                       sft -> moe                       MoE-LLaVA
-                       mimic -> mimic moe               LLaVA-MoD, dense to dense and dense to sparse
-                                mimic moe -> mimic moe  the same, for as long as with preferences
-                                mimic moe -> preference LLaVA-MoD whole
+    teacher   projector -> sft
+    student   sft   -> sft                      supervised
+              sft   -> moe                      MoE-LLaVA
+              mimic -> mimic moe                LLaVA-MoD, dense to dense and dense to sparse
+                       mimic moe -> mimic moe   the same, for as long as with preferences
+                       mimic moe -> preference  LLaVA-MoD whole
+
+Students begin as some layers of the teacher, with its projector, whatever they learn from afterwards.
 """
 
 import json
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from data import conversations, preferences
 from fashion_mnist import Pictures
-from models import make_llava
+from models import make_llava, shallow
 from mosaics import draw_mosaics
 from settings import Preset
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -45,8 +47,8 @@ class Stage(NamedTuple):
     Args:
         method (`str`): `"tune"`, `"mimic"` or `"preference"`.
         trains (`str`): A stage of MoE-tuning, which says what is trained: `"projector"`, `"sft"` or `"moe"`.
-        after (`str`): The stage it goes on from; `""` for a student as it is assembled.
-        part (`int`): Which part of the seed's data: 0 captions, 1 and 2 conversations, 3 preferences.
+        after (`str`): The stage it goes on from; `""` for some layers of the teacher.
+        part (`int`): Which part of the seed's data: 1 and 2 are conversations, 3 preferences or conversations.
     """
 
     method: str
@@ -59,17 +61,14 @@ class Stage(NamedTuple):
 _SHARED = ("language_model", "tower", "turns", "batch", "align")
 #: Stages of a student by name; those of one part see the same mosaics and have as many steps.
 STAGES = {
-    "aligned": Stage("tune", "projector", "", 0),
-    "supervised 1": Stage("tune", "sft", "aligned", 1),
+    "supervised 1": Stage("tune", "sft", "", 1),
     "supervised 2": Stage("tune", "sft", "supervised 1", 2),
     "sparse": Stage("tune", "moe", "supervised 1", 2),
-    "mimic dense": Stage("mimic", "sft", "aligned", 1),
+    "mimic dense": Stage("mimic", "sft", "", 1),
     "mimic sparse": Stage("mimic", "moe", "mimic dense", 2),
     "mimic longer": Stage("mimic", "moe", "mimic sparse", 3),
     "preference": Stage("preference", "moe", "mimic sparse", 3),
 }
-#: Pairs of answers to one question for each conversation of several questions: about as many tokens.
-PAIRS = 2
 #: What is compared, and the stage each ends with.
 ARMS = {
     "dense, supervised": "supervised 2",
@@ -125,12 +124,14 @@ class Workshop:
         preset, seed = self.preset, 1000
 
         def train() -> tuple[Any, Any]:
-            model, processor = make_llava(self.folder / "tower", preset.language_model, None, seed)
-            for stage, part, steps, rate in (
-                ("projector", 0, preset.align_steps, preset.align_rate),
-                ("sft", 1, preset.teacher_steps, preset.teacher_rate),
+            model, processor = make_llava(self.folder / "tower", preset.language_model, seed)
+            size, turns = preset.batch_size, preset.turns
+            for stage, kind, part, steps, rate in (
+                ("projector", "captions", 0, preset.align_steps, preset.align_rate),
+                ("sft", "conversations", 1, preset.teacher_steps, preset.teacher_rate),
             ):
-                self.tune(model, processor, stage, self.rows(part, steps, seed), steps, rate, seed)
+                rows = self.rows(kind, steps * size, turns, 10 * seed + part)
+                self.tune(model, processor, rows, stage, steps, size, rate, seed)
             return model, processor
 
         model, processor = self.kept(self.folder / "teacher", self.settings(*_SHARED, "teacher"), train)
@@ -145,72 +146,70 @@ class Workshop:
             if stage.after:
                 model, processor = self.student(stage.after, seed)
             else:
-                tower = self.folder / "tower"
-                model, processor = make_llava(tower, preset.language_model, preset.student_layers, seed)
+                model, processor = self.teacher()
+                model = shallow(model, preset.student_layers).requires_grad_(True)
             if stage.trains == "moe" and stage.part == 2:
                 model, _ = upcycle_llava(model, num_experts=4, top_k=2, layers="sparse", check=False, seed=seed)
-            steps = (preset.align_steps, preset.dense_steps, preset.sparse_steps, preset.preference_steps)[stage.part]
-            rate = preset.align_rate if stage.trains == "projector" else preset.student_rate
-            if stage.method == "tune":
-                self.tune(model, processor, stage.trains, self.rows(stage.part, steps, seed), steps, rate, seed)
-            elif stage.method == "mimic":
-                self.mimic(model, processor, stage.trains, self.rows(stage.part, steps, seed), steps, rate, seed)
-            else:
-                self.prefer(model, processor, self.rows(stage.part, steps, seed, pairs=True), steps, seed)
+            steps = (preset.dense_steps, preset.sparse_steps, preset.preference_steps)[stage.part - 1]
+            fit = {"tune": self.tune, "mimic": self.mimic, "preference": self.prefer}[stage.method]
+            size, turns = preset.student_batch, preset.student_turns
+            rate, kind = preset.student_rate, "conversations"
+            if stage.method == "preference":
+                rate, kind = preset.preference_rate, "preferences"
+            rows = self.rows(kind, steps * size, turns, 10 * seed + stage.part)
+            fit(model, processor, rows, stage.trains, steps, size, rate, seed)
             return model, processor
 
         own = ("student", "dense", "sparse", "preference")
         folder = self.folder / f"seed-{seed}" / name.replace(" ", "-")
         return self.kept(folder, self.settings(*_SHARED, "teacher", *own), train)
 
-    def rows(self, part: int, steps: int, seed: int, pairs: bool = False) -> Any:
-        """Data of one part of a seed: enough for one epoch of that many steps, and the same for all arms."""
-        count = steps * (PAIRS if pairs else 1) * self.preset.batch_size
-        source = 10 * seed + part
-        mosaics = draw_mosaics(self.labels, count, source)
-        if pairs:
-            return preferences(mosaics, self.images, source)
-        return conversations(mosaics, self.images, self.preset.turns, source, captions=part == 0)
+    def rows(self, kind: str, count: int, turns: int, seed: int) -> Any:
+        """Captions, conversations or preferences about so many new mosaics; the same mosaics for the same seed."""
+        mosaics = draw_mosaics(self.labels, count, seed)
+        if kind == "preferences":
+            return preferences(mosaics, self.images, seed)
+        return conversations(mosaics, self.images, turns, seed, captions=kind == "captions")
 
     # -- trainers ------------------------------------------------------------------------------------------------
-    def tune(self, model: Any, processor: Any, stage: str, rows: Any, steps: int, rate: float, seed: int) -> None:
+    def tune(self, model: Any, processor: Any, rows: Any, stage: str, *budget: Any) -> None:
         """Supervised: MoE-LLaVA's stages."""
-        args = self.arguments(MoeTuningConfig, steps, rate, seed, stage=stage, assistant_only_loss=True)
+        args = self.arguments(MoeTuningConfig, *budget, stage=stage, assistant_only_loss=True)
         trainer = moe_tuning_trainer(
             model, args, processing_class=processor, train_dataset=rows, callbacks=[KeepWords()]
         )
         trainer.train()
 
-    def mimic(self, model: Any, processor: Any, stage: str, rows: Any, steps: int, rate: float, seed: int) -> None:
+    def mimic(self, model: Any, processor: Any, rows: Any, stage: str, *budget: Any) -> None:
         """What the teacher predicts; a sparse student learns the answers too."""
         teacher, _ = self.teacher()
         MimicDistillationTrainer(
             model,
-            self.arguments(MimicDistillationConfig, steps, rate, seed, assistant_only_loss=True),
+            self.arguments(MimicDistillationConfig, *budget, assistant_only_loss=True),
             teacher_model=teacher,
             processing_class=processor,
             train_dataset=rows,
             callbacks=[MoeTuningStageCallback(stage), KeepWords()],
         ).train()
 
-    def prefer(self, model: Any, processor: Any, rows: Any, steps: int, seed: int) -> None:
+    def prefer(self, model: Any, processor: Any, rows: Any, stage: str, *budget: Any) -> None:
         """Right answers over wrong ones, with the teacher as the reference."""
         teacher, _ = self.teacher()
         PreferenceDistillationTrainer(
             model,
-            self.arguments(PreferenceDistillationConfig, steps, self.preset.preference_rate, seed, PAIRS),
+            self.arguments(PreferenceDistillationConfig, *budget),
             teacher_model=teacher,
             processing_class=processor,
             train_dataset=rows,
-            callbacks=[MoeTuningStageCallback("moe"), KeepWords()],
+            callbacks=[MoeTuningStageCallback(stage), KeepWords()],
         ).train()
 
-    def arguments(self, cls: type, steps: int, rate: float, seed: int, more: int = 1, **options: Any) -> Any:
+    def arguments(self, cls: type, steps: int, batch_size: int, rate: float, seed: int, **options: Any) -> Any:
         """Arguments of any of the trainers."""
         return cls(
             str(self.folder / "trainer"),
             max_steps=steps,
-            per_device_train_batch_size=more * self.preset.batch_size,
+            per_device_train_batch_size=batch_size,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
