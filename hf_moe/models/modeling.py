@@ -426,7 +426,54 @@ class RouterLossesMixin:
         return loss, losses.aux_loss
 
 
-class MoeForCausalLMMixin(RouterLossesMixin):
+class LanguageHeadMixin(RouterLossesMixin):
+    """What the heads of language models have in common, whatever their base models read."""
+
+    lm_head: nn.Module
+
+    def language_output(
+        self,
+        outputs: Any,
+        inputs: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        kwargs: dict[str, Any],
+        output_class: type = MoeCausalLMOutput,
+        **fields: Any,
+    ) -> Any:
+        """Logits, and where there are labels `loss` = cross-entropy + router losses.
+
+        Args:
+            outputs ([`MoeModelOutput`]): Of the base model.
+            inputs (`tuple`): `input_ids, attention_mask, inputs_embeds` of this call.
+            labels (`torch.Tensor` of shape `(B, S)`, *optional*): Next tokens; -100 where none counts.
+            logits_to_keep (`int` or `torch.Tensor`): Positions to compute logits of; 0 for all.
+            kwargs (`dict`): The call's further arguments, `shift_labels` and `num_items_in_batch` among them.
+            output_class (`type`): Of the output.
+            **fields: Further fields of the output.
+        """
+        pending = self.begin_balance(outputs, *inputs)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        shifted = kwargs.get("shift_labels") is not None
+        counted = kwargs["shift_labels"] if shifted else labels
+        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
+        return output_class(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.all_router_logits,
+            router_indices=outputs.router_indices,
+            **fields,
+        )
+
+
+class MoeForCausalLMMixin(LanguageHeadMixin):
     """A language model: the backbone's base model and a linear head."""
 
     #: The MoE base model class of the backbone.
@@ -487,24 +534,8 @@ class MoeForCausalLMMixin(RouterLossesMixin):
             output_router_logits=self.wants_routing(output_router_logits),
             **kwargs,
         )
-        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        shifted = kwargs.get("shift_labels") is not None
-        counted = kwargs["shift_labels"] if shifted else labels
-        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
-        return MoeCausalLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.all_router_logits,
-            router_indices=outputs.router_indices,
-        )
+        inputs = (input_ids, attention_mask, inputs_embeds)
+        return self.language_output(outputs, inputs, labels, logits_to_keep, kwargs)
 
 
 def _refuse_pooled_loss(model: Any, _args: tuple, kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.llava.modeling_llava import (
     LlavaForConditionalGeneration,
@@ -17,7 +16,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from hf_moe.models.modeling import MoeCausalLMOutput, MoeModelOutput, MoePreTrainedMixin, RouterLossesMixin
+from hf_moe.models.modeling import LanguageHeadMixin, MoeCausalLMOutput, MoeModelOutput, MoePreTrainedMixin
 
 from .configuration_moe_llava import MoeLlavaConfig
 from .images import check_image_tokens, check_modalities
@@ -125,7 +124,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel, LlavaModel):
         return MoeLlavaModelOutput(**outputs, image_hidden_states=rows)
 
 
-class MoeLlavaForConditionalGeneration(RouterLossesMixin, MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
+class MoeLlavaForConditionalGeneration(LanguageHeadMixin, MoeLlavaPreTrainedModel, LlavaForConditionalGeneration):
     """MoE-LLaVA ([2401.15947](https://huggingface.co/papers/2401.15947)): answers in text about images and text.
 
     Used like transformers' `LlavaForConditionalGeneration`, with the same processor. One is made from a dense LLaVA by
@@ -188,25 +187,8 @@ class MoeLlavaForConditionalGeneration(RouterLossesMixin, MoeLlavaPreTrainedMode
             output_router_logits=self.wants_routing(output_router_logits),
             **kwargs,
         )
-        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            if input_ids is not None:
-                labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
-            vocab_size = self.lm_head.out_features
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        shifted = kwargs.get("shift_labels") is not None
-        counted = kwargs["shift_labels"] if shifted else labels
-        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
-        return MoeLlavaCausalLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.all_router_logits,
-            router_indices=outputs.router_indices,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        if labels is not None and input_ids is not None:
+            labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
+        inputs = (input_ids, attention_mask, inputs_embeds)
+        images = {"image_hidden_states": outputs.image_hidden_states}
+        return self.language_output(outputs, inputs, labels, logits_to_keep, kwargs, MoeLlavaCausalLMOutput, **images)

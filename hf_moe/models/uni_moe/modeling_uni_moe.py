@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
-from hf_moe.models.modeling import MoeCausalLMOutput, RouterLossesMixin
+from hf_moe.models.modeling import LanguageHeadMixin, MoeCausalLMOutput
 
 from .configuration_uni_moe import UniMoeConfig
 from .splice import INPUTS, expand_media
@@ -21,7 +20,7 @@ from .trunk_uni_moe import UniMoeModel, UniMoePreTrainedModel
 __all__ = ["UniMoeForConditionalGeneration", "UniMoeModel", "UniMoePreTrainedModel"]
 
 
-class UniMoeForConditionalGeneration(RouterLossesMixin, UniMoePreTrainedModel, GenerationMixin):
+class UniMoeForConditionalGeneration(LanguageHeadMixin, UniMoePreTrainedModel, GenerationMixin):
     """Uni-MoE ([2405.11273](https://huggingface.co/papers/2405.11273)): answers in text about text, images, videos,
     speech and sounds.
 
@@ -106,27 +105,11 @@ class UniMoeForConditionalGeneration(RouterLossesMixin, UniMoePreTrainedModel, G
             output_router_logits=self.wants_routing(output_router_logits),
             **kwargs,
         )
-        pending = self.begin_balance(outputs, input_ids, attention_mask, inputs_embeds)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            if input_ids is not None:
-                for token_id in self.config.token_ids.values():
-                    labels = labels.masked_fill(input_ids == token_id, -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.lm_head.out_features, **kwargs)
-        shifted = kwargs.get("shift_labels") is not None
-        counted = kwargs["shift_labels"] if shifted else labels
-        loss, aux_loss = self.add_router_losses(loss, pending, counted, kwargs.get("num_items_in_batch"), shifted)
-        return MoeCausalLMOutput(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.all_router_logits,
-            router_indices=outputs.router_indices,
-        )
+        if labels is not None and input_ids is not None:
+            for token_id in self.config.token_ids.values():
+                labels = labels.masked_fill(input_ids == token_id, -100)
+        inputs = (input_ids, attention_mask, inputs_embeds)
+        return self.language_output(outputs, inputs, labels, logits_to_keep, kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool | None = False, **kwargs):
         """As in transformers; media go into the first step only, later ones find them in the cache."""
