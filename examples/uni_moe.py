@@ -497,15 +497,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     test, random = (data.test_images, data.test_labels), np.random.default_rng(12345)
     held_out = {kind: make_rows(kind, args.held_out, *test, clips, random) for kind in KINDS}
     source = {"train": (data.train_images, data.train_labels), "clips": clips, "held out": held_out}
-    rows = [row for seed in args.seeds for row in run_seed(seed, parts, source, args)]
+    rows = []
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
     result = {"settings": vars(args) | {"data": None, "sounds": args.sounds and Path(args.sounds).name},
               "shared": parts.notes, "rows": rows}  # fmt: skip
     result["settings"] |= {"whisper": args.whisper and Path(args.whisper).name, "output": None}
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(result, indent=1))
-    (output / "results.md").write_text(table(rows))
-    draw(rows, output / "results.png")
+    for seed in args.seeds:
+        rows += run_seed(seed, parts, source, args)
+        (output / "results.json").write_text(json.dumps(result, indent=1))  # what is done stays if the rest is not
+        (output / "results.md").write_text(table(rows))
+        draw(rows, output / "results.png")
     print(table(rows))
     return result
 

@@ -71,7 +71,7 @@ class UniMoeTrainingArguments(MoeTrainingArguments):
             (videos too), `"speech"` and `"audio"`; all that the model has by default.
         expert_data (`list[str]`, *optional*): Phase 2: one expert per entry, which says what rows it is tuned on:
             modalities joined by `+`, such as `image+text` or `speech+image`; rows that hold nothing else are taken.
-            By default one expert per modality that the model reads.
+            By default one expert per modality that the model reads. In phase 3, what `expert_models` were tuned on.
         expert_models (`list[str]`, *optional*): Phase 3: models whose experts are put together first
             ([`combine_uni_moe`]), where phase 2 ran elsewhere.
         num_experts_per_tok (`int`, defaults to 2): Experts each token is sent to once they are together.
@@ -132,6 +132,11 @@ class UniMoeTrainingArguments(MoeTrainingArguments):
             raise ValueError(
                 f"`expert_models` are put together in phase 3, but `phase` is {self.phase!r}. Use `phase='joint'`, or "
                 "leave them out."
+            )
+        if self.expert_models and self.expert_data and len(self.expert_models) != len(self.expert_data):
+            raise ValueError(
+                f"`expert_data` must say of each of the {len(self.expert_models)} `expert_models` what it was tuned "
+                f"on, got {self.expert_data}. Leave it out to take the connectors of the first."
             )
         for name in ("num_experts_per_tok", "adapter_rank", "adapter_alpha"):
             if getattr(self, name) < 1:

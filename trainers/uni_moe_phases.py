@@ -17,7 +17,7 @@ from hf_moe.upcycling.sources import load_source
 
 from .moe_trainer import MoeTrainer
 from .uni_moe_collator import UniMoeCollator
-from .uni_moe_config import UniMoeTrainingArguments
+from .uni_moe_config import UniMoeTrainingArguments, parse_mix
 from .uni_moe_plan import UniMoeRun, check_model, plan_runs
 from .uni_moe_stages import set_uni_moe_stage, uni_moe_lora_config
 
@@ -46,7 +46,9 @@ def train_uni_moe(
     | 2 `experts` | a copy of what phase 1 gave: connectors and language model | the rows of its mix | expert |
     | 3 `joint` | routers and projectors, LoRA on the rest of the language model | all rows | |
 
-    Phase 2 ends with one model that has an expert from each copy ([`combine_uni_moe`]), with which phase 3 starts.
+    Phase 2 ends with one model that has an expert from each copy ([`combine_uni_moe`]): phase 3 starts with it. Each
+    connector is that of the first copy tuned on its modality, all else that of the first copy.
+
     Everything is checked before the first step. In `args.output_dir`, `alignment/<connector>`,
     `experts/<number>-<mix>` and `joint` hold the checkpoints of their runs and the model each ended with, `combined`
     the model phase 3 starts from, and the folder itself the result with its processor.
@@ -90,16 +92,19 @@ def train_uni_moe(
     for run in runs:
         folder = home / run.folder
         if run.phase == "joint":
-            model = _combined(model, experts or args.expert_models, home / "combined", training)
+            if args.expert_models:
+                model = _together(args.expert_models, [parse_mix(mix) for mix in args.expert_data or ()], args)
+            model = _written(model, home / "combined", training)
             model = training.joint(model, run, folder)
         elif run.phase == "alignment":
             model = training.full(model, run, folder)
         else:
             tuned = training.full(model, run, folder, copied=True)
             experts.append(str(folder))
-            if run is runs[-1]:
-                model = combine_uni_moe(experts, min(args.num_experts_per_tok, len(experts)), seed=args.seed)
             del tuned
+            if len(experts) == sum(each.phase == "experts" for each in runs):
+                mixes = [parse_mix(each.mix) for each in runs if each.phase == "experts"]
+                model = _together(experts, mixes, args)
     training.save(model, home)
     return model
 
@@ -175,11 +180,17 @@ class _Training:
         return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def _combined(model: Any, experts: Sequence[str] | None, folder: Path, training: _Training) -> Any:
+def _together(models: Sequence[str], mixes: Sequence[frozenset[str]], args: UniMoeTrainingArguments) -> Any:
+    """Models as experts of one; a connector comes from the first model that was tuned on its modality."""
+    wanted = {"image": {"image", "video"}, "speech": {"speech"}, "audio": {"audio"}}
+    first = {name: next((i for i, mix in enumerate(mixes) if mix & kinds), None) for name, kinds in wanted.items()}
+    trunk: Any = load_source(models[0]).base_model
+    chosen = {name: index for name, index in first.items() if index is not None and name in trunk.connectors()}
+    return combine_uni_moe(list(models), min(args.num_experts_per_tok, len(models)), args.seed, connectors=chosen)
+
+
+def _written(model: Any, folder: Path, training: _Training) -> Any:
     """The model phase 3 starts from, written down: it is what an adapter belongs to."""
-    args = training.args
-    if experts:
-        model = combine_uni_moe(list(experts), min(args.num_experts_per_tok, len(experts)), seed=args.seed)
     if not training._is_done(folder.parent / "joint"):
         training.save(model, folder)
     return load_source(os.fspath(folder))

@@ -21,6 +21,7 @@ class UniMoeRun(NamedTuple):
         stage (`str`, defaults to `"joint"`): Of [`set_uni_moe_stage`].
         connector (`str`, *optional*): Likewise.
         steps (`int`, *optional*), learning_rate (`float`, *optional*): Those of the arguments by default.
+        mix (`str`): Modalities of an expert's data.
     """
 
     phase: str
@@ -30,6 +31,7 @@ class UniMoeRun(NamedTuple):
     connector: str | None = None
     steps: int | None = None
     learning_rate: float | None = None
+    mix: str = ""
 
 
 def check_model(model: Any, processor: Any, args: UniMoeTrainingArguments) -> None:
@@ -105,7 +107,9 @@ def plan_runs(model: Any, processor: Any, args: UniMoeTrainingArguments, dataset
     if "experts" in args.phases:
         for index, mix in enumerate(mixes):
             rows = _rows(dataset, kinds, parse_mix(mix), f"the expert of {mix!r}", "expert_data")
-            runs.append(UniMoeRun("experts", f"experts/{index}-{mix}", rows, "dense", None, args.expert_steps))
+            runs.append(
+                UniMoeRun("experts", f"experts/{index}-{mix}", rows, "dense", None, args.expert_steps, mix=mix)
+            )
     if "joint" in args.phases:
         options = (args.joint_steps, args.joint_learning_rate)
         runs.append(UniMoeRun("joint", "joint", dataset, "joint", None, *options))

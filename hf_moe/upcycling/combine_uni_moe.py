@@ -1,6 +1,6 @@
 """`combine_uni_moe`: Uni-MoE's second step, in which separately tuned models become experts of one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ OWN = {"num_experts", "num_experts_per_tok", "upcycling", "transformers_version"
 
 @torch.no_grad()
 def combine_uni_moe(
-    models: Sequence[PreTrainedModel | str], num_experts_per_tok: int = 2, seed: int = 0, **config_fields: Any
+    models: Sequence[PreTrainedModel | str],
+    num_experts_per_tok: int = 2,
+    seed: int = 0,
+    connectors: Mapping[str, int] | None = None,
+    **config_fields: Any,
 ) -> PreTrainedModel:
     """One Uni-MoE whose experts are those of several, each tuned on data of its own
     ([2405.11273](https://huggingface.co/papers/2405.11273), phase 2).
@@ -31,13 +35,15 @@ def combine_uni_moe(
             form.
         num_experts_per_tok (`int`, defaults to 2): Experts each token is sent to, K.
         seed (`int`, defaults to 0): Of the routers.
+        connectors (`Mapping[str, int]`, *optional*): Index of the model that a connector (`"image"`, `"speech"`,
+            `"audio"`) comes from, where it is not the first that has it: the one tuned on that modality.
         **config_fields: Fields of the new [`UniMoeConfig`] that shall differ from the first model's.
 
     Returns:
         `UniMoeForConditionalGeneration`: In evaluation mode; the models stay as they are.
 
     Raises:
-        ValueError: no models, or language models of different forms.
+        ValueError: no models, language models of different forms, or a connector from a model that has it not.
 
     Example:
 
@@ -53,6 +59,8 @@ def combine_uni_moe(
     base = sources[0]
     for source in sources:
         _check_form(source, base)
+    chosen = dict(connectors or {})
+    _check_connectors(chosen, sources)
     fields: dict[str, Any] = base.config.to_dict()
     owner = _owners(sources)
     for encoder, source in owner.items():
@@ -61,6 +69,7 @@ def combine_uni_moe(
         fields[f"{encoder}_config"] = getattr(config, f"{encoder}_config").to_dict()
         fields |= {f"{name}_token_id": getattr(config, f"{name}_token_id") for name in names}
         connector = names[0]
+        config = sources[chosen[connector]].config if connector in chosen else config
         fields[f"{connector}_connector"] = config.connector(connector)
     counts = [source.config.text_config.num_experts for source in sources]
     text = {**fields["text_config"], "num_experts": sum(counts), "num_experts_per_tok": num_experts_per_tok}
@@ -75,6 +84,8 @@ def combine_uni_moe(
             weights[name] = torch.cat([bank[name] for bank in banks])
         elif ".language_model." in name and (".mlp.gate." in name or "load_balancer." in name):
             continue  # new routers
+        elif (index := _connector_of(name, chosen)) is not None:
+            weights[name] = banks[index][name].clone()
         elif name in banks[0]:
             weights[name] = banks[0][name].clone()
         else:  # of a modality that the first model has not
@@ -84,6 +95,21 @@ def combine_uni_moe(
     combined.config.dtype = base.model.language_model.dtype
     combined.generation_config = base.generation_config
     return combined.to(base.device).eval()
+
+
+def _connector_of(name: str, chosen: Mapping[str, int]) -> int | None:
+    return next((index for part, index in chosen.items() if name.startswith(f"model.{part}_connector.")), None)
+
+
+def _check_connectors(chosen: Mapping[str, int], sources: list[Any]) -> None:
+    for name, index in chosen.items():
+        known = 0 <= index < len(sources)
+        if not known or name not in sources[index].model.connectors():
+            there = sorted(sources[index].model.connectors()) if known else []
+            raise ValueError(
+                f"`connectors[{name!r}]` is {index}, but "
+                + (f"model {index} has {there} only." if known else f"there are {len(sources)} models.")
+            )
 
 
 def _owners(sources: list[Any]) -> dict[str, Any]:

@@ -108,6 +108,13 @@ def test_the_phases_train_connectors_experts_and_all_together(parts, tmp_path):
     assert not torch.equal(*banks) and torch.equal(combined.state_dict()[name], torch.cat(banks))
     assert (combined.config.num_experts, combined.config.num_experts_per_tok) == (2, 2)
     assert changed(moe, combined.state_dict(), "language_model")
+    # connectors: of the first model tuned on the modality
+    owners = {"image": 0, "speech": 1}
+    for name, value in combined.state_dict().items():
+        for connector, owner in owners.items():
+            if f".{connector}_connector." in name:
+                assert torch.equal(value, tuned[owner].state_dict()[name])
+    assert any(changed(tuned[0], tuned[1].state_dict(), f".{connector}_connector.") for connector in owners)
     assert not changed(moe, before, "_encoder.")
 
     # the folder itself is the result
@@ -133,7 +140,9 @@ def test_a_phase_goes_on_from_the_folder_of_the_one_before(parts, tmp_path):
         torch.testing.assert_close(again, adapted.eval()(**batch).logits, rtol=0, atol=1e-5)
     # experts tuned elsewhere
     models = [str(tmp_path / "2" / "experts" / f"{number}-{mix}") for number, mix in enumerate(MIXES)]
-    four = train_uni_moe(models[0], make(tmp_path / "4", phase=3, expert_models=[*models, *models]), rows(), processor)
+    four = train_uni_moe(
+        models[0], make(tmp_path / "4", phase=3, expert_models=[*models, *models], expert_data=None), rows(), processor
+    )
     assert four.config.num_experts == 4
 
 
@@ -191,6 +200,7 @@ def test_rows_are_told_apart_by_what_they_hold(stored):
     ({"expert_data": ["image+sound"]}, r"`expert_data` must name some of .* joined by '\+', got 'image\+sound'"),
     ({"expert_data": []}, r"`expert_data` must have an entry for each expert"),
     ({"expert_models": ["a", "b"]}, r"`expert_models` are put together in phase 3, but `phase` is 'all'"),
+    ({"phase": 3, "expert_models": ["a", "b", "c"]}, r"`expert_data` must say of each of the 3 `expert_models`"),
     ({"adapter_rank": 0}, r"`adapter_rank` must be at least 1, got 0"),
     ({"joint_steps": 0}, r"`joint_steps` must be at least 1, got 0"),
     ({"remove_unused_columns": True}, r"`remove_unused_columns` must stay False"),

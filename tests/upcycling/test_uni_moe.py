@@ -140,3 +140,18 @@ def test_models_of_different_forms_are_refused():
         combine_uni_moe([llama()])
     with pytest.raises(ValueError, match="at least one model"):
         combine_uni_moe([])
+
+
+def test_a_connector_may_come_from_the_model_tuned_on_its_modality():
+    models = [uni_moe(seed=seed, num_experts=1, num_experts_per_tok=1) for seed in (0, 1)]
+    combined = combine_uni_moe(models, connectors={"speech": 1})
+    states = [model.state_dict() for model in models]
+    for name, value in combined.state_dict().items():
+        if "_connector." in name:
+            assert torch.equal(value, states["speech_connector" in name][name])
+    for chosen, message in (
+        ({"speech": 2}, "there are 2 models"),
+        ({"video": 0}, r"model 0 has \['audio', 'image', "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            combine_uni_moe(models, connectors=chosen)
