@@ -1,6 +1,7 @@
 """Language models, and the LLaVAs they become."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,15 @@ def _tiny() -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def shallow(llava: Any, layers: int) -> Any:
-    """The same LLaVA with fewer layers of its language model, evenly spread from the first to the last.
+def shallow(llava: Any, keep: Sequence[int]) -> Any:
+    """The same LLaVA with some layers of its language model.
 
     Args:
         llava: Unchanged.
-        layers (`int`): How many stay.
+        keep (`Sequence[int]`): Those that stay.
     """
-    count = llava.config.text_config.num_hidden_layers
-    keep = torch.linspace(0, count - 1, layers).round().long().tolist()
     config = copy.deepcopy(llava.config)
-    config.text_config.num_hidden_layers = layers
+    config.text_config.num_hidden_layers = len(keep)
     if getattr(config.text_config, "layer_types", None):
         config.text_config.layer_types = [config.text_config.layer_types[layer] for layer in keep]
     student = type(llava)(config)

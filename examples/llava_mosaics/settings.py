@@ -13,7 +13,7 @@ class Preset:
     Args:
         seeds (`tuple[int, ...]`): Of students: their data and routers. Tower and teacher are made once.
         language_model (`str`): A folder or Hub id, `"auto"` (SmolLM2-135M-Instruct), or `"random"`, a tiny one.
-        student_layers (`int`): Layers of the teacher's language model that students keep.
+        student_layers (`tuple[int, ...]`): Layers of the teacher's language model that students keep.
         tower_hidden, tower_layers, tower_steps, tower_batch (`int`): The small CLIP.
         turns, batch_size (`int`): Questions in a conversation with the teacher, conversations in a step.
         student_turns, student_batch (`int`): Those of students. In long conversations later answers can be told from
@@ -30,7 +30,7 @@ class Preset:
     name: str
     seeds: tuple[int, ...]
     language_model: str
-    student_layers: int
+    student_layers: tuple[int, ...]
     tower_hidden: int
     tower_layers: int
     tower_steps: int
@@ -47,15 +47,75 @@ class Preset:
     held_out: int
     align_rate: float = 1e-3
     teacher_rate: float = 3e-4
-    student_rate: float = 1e-3
+    student_rate: float = 5e-4
     preference_rate: float = 1e-4
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("tiny", (0,), "random", 2, 32, 2, 3, 8, 4, 2, 4, 2, 1, 2, 2, 2, 2, 24),
-        Preset("short", (0, 1, 2), "auto", 6, 128, 4, 500, 64, 8, 4, 4, 8, 40, 280, 90, 90, 30, 400),
-        Preset("full", (0, 1, 2, 3, 4), "auto", 10, 192, 6, 6000, 256, 8, 32, 4, 64, 300, 3000, 2000, 2000, 600, 2000),
+        Preset(
+            "tiny",
+            seeds=(0,),
+            language_model="random",
+            student_layers=(0, 3),
+            tower_hidden=32,
+            tower_layers=2,
+            tower_steps=3,
+            tower_batch=8,
+            turns=4,
+            batch_size=2,
+            student_turns=4,
+            student_batch=2,
+            align_steps=1,
+            teacher_steps=2,
+            dense_steps=2,
+            sparse_steps=2,
+            preference_steps=2,
+            held_out=24,
+        ),
+        Preset(
+            "short",
+            seeds=(0, 1, 2),
+            language_model="auto",
+            student_layers=(0, 6, 12, 17, 23, 29),
+            tower_hidden=128,
+            tower_layers=4,
+            tower_steps=500,
+            tower_batch=64,
+            turns=8,
+            batch_size=4,
+            student_turns=4,
+            student_batch=4,
+            align_steps=40,
+            teacher_steps=280,
+            dense_steps=180,
+            sparse_steps=180,
+            preference_steps=50,
+            held_out=400,
+        ),
+        Preset(
+            "full",
+            seeds=(0, 1, 2, 3, 4),
+            language_model="auto",
+            student_layers=(0, 3, 6, 9, 12, 15, 18, 22, 26, 29),
+            tower_hidden=192,
+            tower_layers=6,
+            tower_steps=6000,
+            tower_batch=256,
+            turns=8,
+            batch_size=32,
+            student_turns=4,
+            student_batch=32,
+            align_steps=300,
+            teacher_steps=3000,
+            dense_steps=3000,
+            sparse_steps=3000,
+            preference_steps=800,
+            held_out=2000,
+            teacher_rate=2e-4,
+            student_rate=3e-4,
+            preference_rate=3e-5,
+        ),
     )
 }

@@ -227,7 +227,8 @@ class Workshop:
 
     def settings(self, *prefixes: str) -> dict[str, Any]:
         """What a kept part depends on: fields of the preset that begin with one of these."""
-        return {name: value for name, value in asdict(self.preset).items() if name.startswith(prefixes)}
+        fields = json.loads(json.dumps(asdict(self.preset)))  # lists, as they are when they are read
+        return {name: value for name, value in fields.items() if name.startswith(prefixes)}
 
     def kept(self, folder: Path, settings: dict[str, Any], train: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
         """What is in the folder, or else what `train` makes, which is put there."""

@@ -32,7 +32,7 @@ def test_all_arms_are_trained_measured_and_kept(example, toy, tmp_path, capsys):
 def test_students_keep_layers_and_their_weights(example, tmp_path):
     example["tower"].make_tower(32, 2).save_pretrained(tmp_path)
     teacher, _ = example["models"].make_llava(tmp_path, "random", 0)
-    student = example["models"].shallow(teacher, 2)
+    student = example["models"].shallow(teacher, (0, 3))
     language, other = student.model.language_model, teacher.model.language_model
     for new, old in ((0, 0), (1, 3)):
         one, theirs = language.layers[new].state_dict(), other.layers[old].state_dict()
