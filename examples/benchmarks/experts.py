@@ -35,9 +35,9 @@ INFERENCE, TRAINING = (1, 8, 64, 1024, 4096), (64, 1024)
 _MOST_SLOTS = 9000
 
 
-def cells(quick: bool):
+def cells(quick: bool, names: list[str]):
     """`(geometry, dtype, tokens, training)`."""
-    for geometry in [GEOMETRIES["C"]] if quick else GEOMETRIES.values():
+    for geometry in (GEOMETRIES[name] for name in (["C"] if quick else names)):
         for dtype in (torch.bfloat16, torch.float32):
             for training, ladder in ((False, (1, 64) if quick else INFERENCE), (True, (64,) if quick else TRAINING)):
                 for tokens in ladder:
@@ -90,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("experts-benchmark"), help="folder for the results")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--geometry", nargs="+", choices=list(GEOMETRIES), default=list(GEOMETRIES))
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=compiler() is not None)
     args = parser.parse_args(arguments)
     if args.rounds < 1:
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         comparisons = []
         banks: dict[tuple, torch.nn.Module] = {}
-        for geometry, dtype, tokens, training in cells(args.quick):
+        for geometry, dtype, tokens, training in cells(args.quick, args.geometry):
             if (geometry, dtype) not in banks:
                 banks = {(geometry, dtype): make_experts(geometry, dtype)}  # one at a time: they are large
             names = ["hf_moe", *(["hf_moe_compiled"] if args.compiled and not training else [])]

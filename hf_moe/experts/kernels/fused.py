@@ -27,7 +27,6 @@ from .combine import combine
 from .dispatch import Dispatch, compact_dispatch
 from .epilogue import Epilogue
 from .first_order import first_order_only
-from .huge_pages import advise_huge_pages
 from .workspace import workspace
 
 
@@ -35,7 +34,7 @@ __all__ = ["fused_experts"]
 
 
 # Rows per product: enough for its full speed, few enough for the activations of the widest experts to stay in cache.
-_PIECE = 256
+_PIECE = 512
 
 
 class _Plan(NamedTuple):
@@ -124,7 +123,7 @@ def _forward(
     activated = workspace.take("activated", (plan.max_piece, intermediate), dtype)
     kept: Any = None
     if keep:
-        kept = advise_huge_pages(hidden_states.new_empty(plan.padded_rows, width))
+        kept = hidden_states.new_empty(plan.padded_rows, width)
     else:
         projected = workspace.take("projected", (plan.max_piece, width), dtype)
     for expert, first, last in dispatch.segments:
@@ -249,7 +248,7 @@ def _weight_gradient(plan: _Plan, inputs: torch.Tensor, grad: torch.Tensor, out:
 
 def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
     """Memory for a stacked gradient in which only the experts that nobody chose are filled, with zeros."""
-    gradient = advise_huge_pages(torch.empty_like(parameter, memory_format=torch.contiguous_format))
+    gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
     chosen = {segment.expert for segment in dispatch.segments}
     for expert in range(parameter.shape[0]):
         if expert not in chosen:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from .huge_pages import advise_huge_pages
-
 
 __all__ = ["grouped_linear"]
 
@@ -74,7 +72,7 @@ def _grouped_linear_backward(
     grad: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, is_transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_rows = rows.new_empty(rows.shape)
-    grad_weight = advise_huge_pages(weight.new_empty(weight.shape))
+    grad_weight = weight.new_empty(weight.shape)
     grad_bias = weight.new_zeros(weight.shape[0], grad.shape[1])
     chosen = set()
     end = 0

@@ -8,8 +8,6 @@ import threading
 
 import torch
 
-from .huge_pages import advise_huge_pages
-
 
 __all__ = ["MAX_KEPT_BYTES", "Workspace", "workspace"]
 
@@ -40,7 +38,7 @@ class Workspace(threading.local):
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
-                buffer = advise_huge_pages(torch.empty(size, dtype=torch.uint8, device="cpu"))
+                buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
             if size <= MAX_KEPT_BYTES:
                 self._buffers[name] = buffer
         return buffer[:size].view(dtype).view(shape)
