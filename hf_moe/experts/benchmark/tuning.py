@@ -54,7 +54,7 @@ def tune(
         banks = {geometry: make_experts(geometry, dtype) for geometry in geometries}
         for training, ladder in LADDERS.items():
             paths = list(_PATHS[training])
-            if has_compiled and not training and dtype in compiled_dtypes:
+            if has_compiled and dtype in compiled_dtypes:
                 paths.append("compiled")
             if dtype.itemsize > 2:
                 paths.remove("bucketed")

@@ -15,13 +15,16 @@ from .compiled import compiled_dtypes, load_compiled
 from .composed import composed_experts
 from .decode import decode_experts
 from .fused import fused_experts
-from .selection import load_table
+from .selection import DEFAULT_TABLE, load_table
 
 
 __all__ = ["IMPLEMENTATIONS", "choose_path", "hf_moe_experts_forward"]
 
 # Below this share of slots in use, a kernel that skips the empty ones is worth more than any other difference.
 _MOSTLY_USED = 0.75
+
+# Up to here all rows go through the compiled operator at once; above, pieces that stay in cache are faster.
+_FEW_SLOTS = 1024
 
 
 def hf_moe_experts_forward(
@@ -111,13 +114,14 @@ def _run(
 def _call(
     path: str, bank: ExpertBank, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    if path in ("decode", "compiled") and not _needs_grad(bank, hidden_states, top_k_weights):
-        compiled = path == "compiled" and bank.up.dtype in compiled_dtypes
-        if compiled:
-            load_compiled(build=True)
+    compiled = path == "compiled" and bank.up.dtype in compiled_dtypes
+    if compiled:
+        load_compiled(build=True)
+    few = path == "decode" or top_k_index.numel() <= _FEW_SLOTS
+    if path in ("decode", "compiled") and few and not _needs_grad(bank, hidden_states, top_k_weights):
         return decode_experts(bank, hidden_states, top_k_index, top_k_weights, compiled=compiled)
     bucketed = path == "bucketed" and generates_kernels(bank.up.dtype)
-    return fused_experts(bank, hidden_states, top_k_index, top_k_weights, bucketed=bucketed)
+    return fused_experts(bank, hidden_states, top_k_index, top_k_weights, bucketed=bucketed, compiled=compiled)
 
 
 def _choose(
@@ -135,9 +139,10 @@ def _choose(
     slots = top_k_index.numel()
     may_be_empty = experts._is_expert_parallel
     used = int((top_k_index < bank.num_experts).sum()) if may_be_empty else slots
-    path = load_table().choose(dtype, training, used / max(1, min(bank.num_experts, used)))
+    rows = used / max(1, min(bank.num_experts, used))
+    path = load_table().choose(dtype, training, rows)
     if path == "compiled" and (dtype not in compiled_dtypes or bank.is_transposed or not load_compiled()):
-        path = "decode"
+        path = DEFAULT_TABLE.choose(dtype, training, rows)
     if path == "grouped_mm" and (autocast or used < _MOSTLY_USED * slots or not _fits_grouped_mm(bank, hidden_states)):
         path = "bucketed" if generates_kernels(dtype) else "exact"
     return path

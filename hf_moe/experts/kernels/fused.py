@@ -27,6 +27,7 @@ from .combine import combine
 from .dispatch import Dispatch, compact_dispatch
 from .epilogue import Epilogue
 from .first_order import first_order_only
+from .products import Products, choose_products
 from .workspace import workspace
 
 
@@ -40,7 +41,7 @@ _PIECE = 512
 class _Plan(NamedTuple):
     dispatch: Dispatch
     epilogue: Epilogue
-    is_transposed: bool
+    products: Products
     is_bucketed: bool
 
     def rounded(self, rows: int) -> int:
@@ -61,11 +62,6 @@ class _Plan(NamedTuple):
         """S, and room for what the last products write beyond."""
         return max((start + self.rounded(end - start) for _, start, end in self.dispatch.segments), default=0)
 
-    def matrix(self, stacked: torch.Tensor, expert: int) -> torch.Tensor:
-        """`(in, out)` view of one expert's matrix."""
-        matrix = stacked.select(0, expert)
-        return matrix if self.is_transposed else matrix.t()
-
 
 def fused_experts(
     bank: ExpertBank,
@@ -73,6 +69,7 @@ def fused_experts(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     bucketed: bool = False,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Runs the experts of a bank whose epilogue has no parameters.
 
@@ -82,6 +79,7 @@ def fused_experts(
         top_k_index (`torch.Tensor` of shape `(T, K)`): Experts; N and above marks an empty slot.
         top_k_weights (`torch.Tensor` of shape `(T, K)`): Weights, of any floating dtype.
         bucketed (`bool`, *optional*, defaults to `False`): Round row counts up, so that few kernels are generated.
+        compiled (`bool`, *optional*, defaults to `False`): Multiply with the compiled operators where they can.
 
     Returns:
         `torch.Tensor` of shape `(T, D)`.
@@ -89,9 +87,8 @@ def fused_experts(
     Raises:
         ValueError: The bank has no epilogue.
     """
-    plan = _Plan(
-        compact_dispatch(top_k_index, bank.num_experts), bank.require_epilogue(), bank.is_transposed, bucketed
-    )
+    products = choose_products(bank, compiled)
+    plan = _Plan(compact_dispatch(top_k_index, bank.num_experts), bank.require_epilogue(), products, bucketed)
     inputs: tuple[Any, ...] = (hidden_states, top_k_weights, *bank.parameters)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
         return _FusedExperts.apply(plan, *inputs)
@@ -133,10 +130,9 @@ def _forward(
             x, a = inputs[:rows], activated[:rows]
             torch.index_select(hidden_states, 0, dispatch.tokens[start:end], out=inputs[: end - start])
             h = kept[start : start + rows] if keep else projected[:rows]
-            _product(x, plan.matrix(up, expert), None if up_bias is None else up_bias[expert], h)
+            plan.products.forward(x, up, up_bias, expert, h)
             plan.epilogue.forward(h, a)
-            bias = None if down_bias is None else down_bias[expert]
-            _product(a, plan.matrix(down, expert), bias, output[start : start + rows])
+            plan.products.forward(a, down, down_bias, expert, output[start : start + rows])
     if keep:
         kept[dispatch.num_rows :].zero_()  # surplus rows of the last expert
     return combine(output[: dispatch.num_rows], dispatch, weights, hidden_states.shape[0]), kept
@@ -184,7 +180,7 @@ def _backward(
             plan.epilogue.forward(h, a)
         for first, last in _pieces(count):
             back = back_buffer[: plan.rounded(last - first)]
-            torch.mm(g[first : first + back.shape[0]], plan.matrix(down, expert).t(), out=back)  # G
+            plan.products.backward(g[first : first + back.shape[0]], down, expert, back)  # G
             back, temporary = back[: last - first], scratch[: last - first]
             if need_w:
                 torch.mul(a[first:last], back, out=temporary)
@@ -196,16 +192,16 @@ def _backward(
         if need_down or need_down_bias:
             g[:count].mul_(w)
         if need_down:
-            _weight_gradient(plan, a, g, grad_down[expert])
+            plan.products.weight_gradient(a, g, grad_down[expert])
         if need_down_bias:
             torch.sum(g[:count], dim=0, out=grad_down_bias[expert])
         if need_up:
             x = _gather(hidden_states, dispatch.tokens[start:end], buffer, rows)
-            _weight_gradient(plan, x, h, grad_up[expert])
+            plan.products.weight_gradient(x, h, grad_up[expert])
         if need_up_bias:
             torch.sum(h[:count], dim=0, out=grad_up_bias[expert])
         if need_x:
-            torch.mm(h, plan.matrix(up, expert).t(), out=grad_rows[start : start + rows])
+            plan.products.backward(h, up, expert, grad_rows[start : start + rows])
     grad_x = combine(grad_rows[: dispatch.num_rows], dispatch, None, tokens) if need_x else None
     grad_w = None
     if need_w:
@@ -221,14 +217,7 @@ def _graph_is_kept() -> bool:
 
 
 def _widths(plan: _Plan, up: torch.Tensor, down: torch.Tensor) -> tuple[int, int]:
-    return (up.shape[2], down.shape[1]) if plan.is_transposed else (up.shape[1], down.shape[2])
-
-
-def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    if bias is None:
-        torch.mm(x, matrix, out=out)
-    else:
-        torch.addmm(bias, x, matrix, out=out)
+    return (up.shape[2], down.shape[1]) if plan.products.is_transposed else (up.shape[1], down.shape[2])
 
 
 def _gather(source: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor, rows: int) -> torch.Tensor:
@@ -237,13 +226,6 @@ def _gather(source: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor, row
     if rows > count:
         buffer[count:rows].zero_()
     return buffer[:rows]
-
-
-def _weight_gradient(plan: _Plan, inputs: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> None:
-    if plan.is_transposed:
-        torch.mm(inputs.t(), grad, out=out)
-    else:
-        torch.mm(grad.t(), inputs, out=out)
 
 
 def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:

@@ -24,7 +24,7 @@ PATHS = {
     "decode": "all first products, one activation, all second products; no gradients",
     "exact": "expert by expert in kept buffers",
     "bucketed": "expert by expert, row counts rounded up so that few kernels are generated",
-    "compiled": "as decode, with the compiled operator",
+    "compiled": "as decode, or as exact for many rows and for gradients, with the compiled operators",
     "grouped_mm": "transformers' own",
 }
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from common.expert_banks import EXPERTS, LAYOUTS, make_bank, make_inputs, with_implementation
+from common.expert_banks import EXPERTS, LAYOUTS, make_bank, make_inputs, run, with_implementation
 
 from hf_moe.experts.kernels import compiled, selection
 from hf_moe.experts.kernels.front import choose_path
@@ -43,6 +43,81 @@ def test_any_width_and_any_number_of_rows(compiled_operator, dtype, width, out):
         error = (output[start:end].double() - expected).abs().max()
         assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * (1 + expected.abs().max())
         start = end
+
+
+@pytest.fixture
+def products(compiled_operator):
+    """The operators of the backward pass."""
+    operators = torch.ops.hf_moe_compiled
+    if not operators.has_products():
+        with pytest.raises(RuntimeError, match="no bfloat16 dot product"):
+            operators.product(*(torch.zeros(2, 2, dtype=torch.bfloat16) for _ in range(3)))
+        pytest.skip("this CPU has no bfloat16 dot product")
+    return operators
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 2, 1), (3, 6, 47), (8, 32, 48), (13, 10, 49), (21, 66, 130)])
+def test_products_of_any_size_are_rounded_once(products, rows, inner, out):
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((rows, inner), (inner, out), (rows, out))
+    )
+    ab, ac = (torch.full(shape, math.nan, dtype=torch.bfloat16) for shape in ((rows, out), (inner, out)))
+    products.product(a, b, ab)
+    products.transposed_product(a, c, ac)
+    for found, exact in ((ab, a.double() @ b.double()), (ac, a.double().t() @ c.double())):
+        # half a unit in the last place, and what sums in float32 lose
+        assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+
+
+def test_products_take_rows_of_larger_matrices(products):
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(9, 40, generator=generator).bfloat16()
+    a, b, c = large[:, :12], torch.randn(12, 20, generator=generator).bfloat16(), large[:, 12:32]
+    ab, ac = large.new_zeros(9, 64), large.new_zeros(12, 64)
+    products.product(a, b, ab[:, 8:28])
+    products.transposed_product(a, c, ac[:, 8:28])
+    dense_ab, dense_ac = large.new_zeros(9, 20), large.new_zeros(12, 20)
+    products.product(a.contiguous(), b, dense_ab)
+    products.transposed_product(a.contiguous(), c.contiguous(), dense_ac)
+    for wide, dense in ((ab, dense_ab), (ac, dense_ac)):
+        assert torch.equal(wide[:, 8:28], dense)
+        assert not wide[:, :8].any() and not wide[:, 28:].any(), "nothing beside the result is written"
+
+
+def test_products_refuse_what_they_cannot_read(products):
+    a, b, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 4), (4, 6), (2, 6)))
+    for wrong in ((a[:, :3], b[:3], out), (a, b[:2], out), (a, b, out[:1]), (a.float(), b, out), (a.t(), a, b)):
+        with pytest.raises(RuntimeError):
+            products.product(*wrong)
+    with pytest.raises(RuntimeError):
+        products.transposed_product(a, b, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_as_exact_as_those_of_torch(compiled_operator, layout, dtype):
+    inputs = make_inputs(200, dtype=dtype)
+    exact = run(make_bank(layout, dtype).double(), *(t.double() if t.is_floating_point() else t for t in inputs))
+
+    def results(implementation):
+        return run(with_implementation(make_bank(layout, dtype), implementation), *inputs)
+
+    ours, again, theirs = results("hf_moe_compiled"), results("hf_moe_compiled"), results("hf_moe_exact")
+    for name, value in ours.items():
+        assert torch.equal(value, again[name]), name
+        scale = exact[name].norm()
+        error, other = ((found.double() - exact[name]).norm() / scale for found in (value, theirs[name]))
+        assert error <= 1.4 * other, (name, float(error), float(other))
+
+
+def test_many_rows_without_gradients_are_those_of_the_training_forward(compiled_operator):
+    bank = make_bank(dtype=torch.bfloat16, implementation="hf_moe_compiled")
+    hidden, index, weights = make_inputs(1200, dtype=torch.bfloat16)
+    trained = bank(hidden, index, weights)
+    assert trained.requires_grad
+    with torch.no_grad():
+        assert torch.equal(bank(hidden, index, weights), trained)
 
 
 def test_wrong_arguments_are_refused(compiled_operator):
