@@ -64,10 +64,11 @@ def conversations(
 
 
 def preferences(mosaics: Sequence[Mosaic], images: np.ndarray, seed: int) -> Dataset:
-    """One question about each mosaic with a right and a wrong answer.
+    """One question about each mosaic with a right and a wrong answer, as many of each kind.
 
-    Half of the wrong answers see what is not there; the others are wrong about what is, or deny it. Without those a
-    model would learn to deny everything.
+    Of "where", "how many" and "is there" every other one is about an absent object, and its wrong answer sees what is
+    not there. The others are wrong about what is, or deny it: a model would learn to deny everything if denials were
+    right more often than not.
 
     Returns:
         `Dataset`: `images`, `prompt`, `chosen` and `rejected`.
@@ -75,10 +76,13 @@ def preferences(mosaics: Sequence[Mosaic], images: np.ndarray, seed: int) -> Dat
     random = np.random.default_rng(seed)
     rows = []
     for number, mosaic in enumerate(mosaics):
-        about_absent = number % 2 == 0
-        question = None
-        while question is None or question.absent != about_absent:
-            question = ask(mosaic, KINDS[random.integers(1 if about_absent else 0, len(KINDS))], random)
+        kind = KINDS[number % len(KINDS)]
+        about_absent = kind != "what" and number // len(KINDS) % 2 == 0
+        question = ask(mosaic, kind, random)
+        for _ in range(100):  # no class may be there just once
+            if question.absent == about_absent:
+                break
+            question = ask(mosaic, kind, random)
         rows.append(
             {
                 "images": [picture(mosaic, images)],
