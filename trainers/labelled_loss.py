@@ -37,6 +37,7 @@ class LabelledSFTTrainer(SFTTrainer):
     """
 
     args: Any
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -98,7 +99,7 @@ class LabelledSFTTrainer(SFTTrainer):
 
     def _note_labelled(self, noted: torch.Tensor, labelled: torch.Tensor, inputs: dict[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
-        gather = self.accelerator.gather_for_metrics
+        gather: Any = self.accelerator.gather_for_metrics
         values = torch.cat([noted, labelled[None].float()])[None]
         entropy, correct, count = gather(values).sum(0).tolist()
         self._metrics[mode]["entropy"].append(entropy / max(count, 1))
