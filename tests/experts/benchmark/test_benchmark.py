@@ -86,6 +86,7 @@ def test_tune_keeps_a_table_that_is_used(monkeypatch, capsys):
     assert cli.main(["bench", "experts", "--tune"]) == 0
     stored = json.loads(selection.table_path().read_text())
     assert set(stored["rules"]) == {"float32/inference", "float32/training"}
+    assert stored["rules"]["float32/training"][0][1] == "grouped_mm", "few rows are not worth another path"
     torch.set_num_threads(1)
     selection.load_table.cache_clear()
     assert selection.load_table().source == str(selection.table_path())
