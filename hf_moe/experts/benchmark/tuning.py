@@ -18,8 +18,8 @@ __all__ = ["LADDERS", "tune"]
 LADDERS = {False: (1, 4, 16, 48, 128, 384), True: (48, 128, 384)}
 _PATHS = {False: ("decode", "exact", "bucketed"), True: ("exact", "bucketed")}
 
-# Up to here a training step is the memory of its gradients, whoever computes them: other paths than transformers' own were
-# up to a third faster on narrow banks and a tenth slower on wide ones, and the banks measured here are narrow.
+# Up to here a training step is the memory of its gradients, whoever computes them: other paths than transformers' own
+# were up to a third faster on narrow banks and a tenth slower on wide ones, and the banks measured here are narrow.
 _FEW_ROWS = 24.0
 
 # A path must be this much faster than transformers' own before it is preferred: less is noise.
