@@ -108,6 +108,7 @@ def test_clusters_of_one_attribute_are_pure_in_it(example):
     assert pure == 1.0 and 1 / 3 <= shuffled < 0.6
 
 
+@pytest.mark.slow
 def test_arms_take_the_same_steps_and_are_kept(example, toy, tmp_path, capsys, monkeypatch):
     steps = []
 

@@ -81,6 +81,7 @@ def test_clips_come_from_a_folder_or_are_tones(example, tmp_path):
     np.testing.assert_allclose([clip[0] * 32768 for clip in clips], np.arange(8) * 100, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_all_methods_are_trained_and_compared(example, toy, tmp_path, capsys):
     output = tmp_path / "out"
     result = example.main(["--data", str(toy), "--output", str(output), "--preset", "tiny"])
