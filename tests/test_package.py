@@ -131,7 +131,9 @@ def test_every_public_name_exists_and_is_documented():
 
 def test_every_name_of_the_top_level_resolves():
     for name in hf_moe.__all__:
-        assert getattr(hf_moe, name) is not None
+        value = getattr(hf_moe, name)
+        ours = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", "hf_moe")
+        assert ours.split(".")[0] == "hf_moe", f"{name} comes from {ours}"
     assert set(hf_moe.__all__) <= set(dir(hf_moe))
 
 

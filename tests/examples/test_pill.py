@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common.toy_pictures import write_toy_pictures
 
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -28,16 +28,7 @@ def example():
 
 @pytest.fixture
 def toy(tmp_path):
-    draw = np.random.default_rng(0)
-
-    def idx(values):
-        return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
-
-    for split, count in (("train", 64), ("t10k", 40)):
-        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
-    return tmp_path
+    return write_toy_pictures(tmp_path)
 
 
 def test_questions_have_the_answers_the_pictures_give(example):

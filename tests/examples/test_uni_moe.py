@@ -1,13 +1,13 @@
 """The Uni-MoE example: its questions, its sounds, and a smallest run on toy data."""
 
 import json
-import struct
 import wave
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from common.examples import load_example
+from common.toy_pictures import write_toy_pictures
 
 
 @pytest.fixture(scope="module")
@@ -17,16 +17,7 @@ def example():
 
 @pytest.fixture
 def toy(tmp_path):
-    draw = np.random.default_rng(0)
-
-    def idx(values):
-        return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
-
-    for split, count in (("train", 64), ("t10k", 40)):
-        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
-    return tmp_path
+    return write_toy_pictures(tmp_path)
 
 
 def questions(example, kind, number=20):
