@@ -1,17 +1,17 @@
-// out[s] = W[e] x[s] + b[e] for the rows s of each chosen expert e: few rows, so time is the reading of W.
+// out[s] = W[e] x[s] + b[e] for the rows s of each chosen expert e.
 //
-// Every panel of four weight rows is read from memory once and multiplied with all rows of the expert while it is in
-// the first-level cache, four rows at a time: 16 sums in registers, each over the contiguous last axis of both sides.
-// Vectors are those of the compiler's vector extension; bfloat16 uses the CPU's own dot product where there is one.
+// With few rows, time is the reading of W: every block of four weight rows is read from memory once and multiplied with
+// all rows of the expert while it is in the first-level cache, four rows at a time: 16 sums in registers, each over the
+// contiguous last axis of both sides. Vectors are those of the compiler's vector extension; bfloat16 uses the CPU's own
+// dot product where there is one. With many rows, it is the arithmetic: see `compiled_tiles.h`.
 
-#include <ATen/ATen.h>
+#include "compiled_tiles.h"
+
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cstdint>
-#include <algorithm>
 #include <cstring>
-#include <type_traits>
+#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int kBlock = 4;
-constexpr int64_t kPanel = 32;  // output features per task: a whole number of blocks
+constexpr int64_t kPanel = 96;  // output features per task: a whole number of blocks and of tiles
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -172,6 +172,44 @@ void panel(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64
   }
 }
 
+// From here on tiles are faster than blocks.
+template <typename T>
+constexpr int64_t kManyRows = std::is_same_v<T, float> ? 16 : 48;
+
+#if defined(HF_MOE_TILES)
+// As `panel`, in tiles.
+template <typename T>
+void tiled_panel(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64_t width, int64_t begin,
+                 int64_t end, T* out) {
+  constexpr int64_t kPage = 4096;  // the hardware looks ahead within a page: longer rows need no help
+  const int64_t lanes = lanes_of<T>(k), bytes = k * sizeof(T);
+  static thread_local std::vector<uint32_t> packed;
+  packed.resize(std::max<size_t>(packed.size(), lanes * kTileColumns));
+  int vectors;
+  for (int64_t o = begin; o < end; o += 16 * vectors) {
+    vectors = panel_vectors(end - o);
+    const int64_t after = o + 16 * vectors, next = std::clamp<int64_t>(width - after, 0, kTileColumns);
+    pack_rows(w + o * k, end - o, k, k, vectors, packed.data());
+    multiply_panel<T>(rows, reinterpret_cast<const uint32_t*>(x), k / kPerLane<T>, 1, packed.data(), vectors, lanes,
+                      bias ? bias + o : nullptr, 0, out + o, width, end - o, w + after * k,
+                      bytes < kPage ? next * bytes : 0);
+  }
+}
+#endif
+
+template <typename T>
+void panel_of(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64_t width, int64_t begin, int64_t end,
+              T* out) {
+#if defined(HF_MOE_TILES)
+  if constexpr (has_tiles<T>()) {
+    if (rows >= kManyRows<T> && k % kPerLane<T> == 0) {
+      return tiled_panel(x, w, bias, rows, k, width, begin, end, out);
+    }
+  }
+#endif
+  panel(x, w, bias, rows, k, width, begin, end, out);
+}
+
 // rows (S, I) sorted by expert, weight (N, O, I), experts and ends of the chosen ones -> out (S, O)
 void grouped_rows(const at::Tensor& rows, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   at::IntArrayRef experts, at::IntArrayRef ends, at::Tensor out) {
@@ -197,8 +235,8 @@ void grouped_rows(const at::Tensor& rows, const at::Tensor& weight, const std::o
       for (int64_t task = from; task < to; ++task) {
         const int64_t i = task / panels, begin = (task % panels) * kPanel;
         const int64_t start = i ? ends[i - 1] : 0;
-        panel<T>(x + start * k, w + experts[i] * width * k, b ? b + experts[i] * width : nullptr, ends[i] - start, k,
-                 width, begin, std::min(begin + kPanel, width), y + start * width);
+        panel_of<T>(x + start * k, w + experts[i] * width * k, b ? b + experts[i] * width : nullptr, ends[i] - start,
+                    k, width, begin, std::min(begin + kPanel, width), y + start * width);
       }
     });
   };

@@ -19,7 +19,7 @@ from hf_moe.weights.cache import building, default_cache_dir
 
 __all__ = ["build_compiled", "compiled_dtypes", "compiler", "load_compiled"]
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("compiled.cpp", "compiled_products.cpp")]
+_FILES = [Path(__file__).with_name(f"compiled{name}") for name in (".cpp", "_products.cpp", "_tiles.h")]
 _LIBRARY = "hf_moe_compiled.so"
 
 #: What the operator multiplies.
@@ -64,7 +64,7 @@ def build_compiled() -> Path:
         try:
             cpp_extension.load(
                 name=Path(_LIBRARY).stem,
-                sources=[str(source) for source in _SOURCES],
+                sources=[str(file) for file in _FILES if file.suffix == ".cpp"],
                 extra_cflags=["-O3", "-std=c++20", "-march=native" if _is_x86() else "-mcpu=native"],
                 build_directory=str(partial),
                 is_python_module=False,
@@ -115,7 +115,7 @@ def _is_x86() -> bool:
 @functools.cache
 def _folder() -> Path:
     # Code for this very CPU must not be run on another one that shares the cache.
-    code = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    code = [file.read_text(encoding="utf-8") for file in _FILES]
     parts = (*code, torch.__version__, platform.machine(), _cpu_flags())
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return default_cache_dir() / "kernels" / key

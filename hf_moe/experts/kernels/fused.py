@@ -8,7 +8,8 @@ nothing but the rows of y is as long as the batch. Backward keeps h only and use
     dh = act'(h) da    dW_u = x^T dh                    dx = dh W_u^T
 
 so neither y nor the scaled gradient of it is ever stored, dh takes the place of h once nobody needs h again, and each
-gradient of a weight is written where it belongs.
+gradient is written where it belongs: until then its memory holds what is needed on the way (a, G and da in that of
+dW_u, g and x in that of dx).
 
 Rows may be rounded up (see `buckets.py`): the product then also covers the first rows of the next expert, which are
 overwritten when that expert's turn comes; in backward the surplus rows of one side are zeroed.
@@ -28,7 +29,7 @@ from .dispatch import Dispatch, compact_dispatch
 from .epilogue import Epilogue
 from .first_order import first_order_only
 from .products import Products, choose_products
-from .workspace import workspace
+from .workspace import Borrowed, workspace
 
 
 __all__ = ["fused_experts"]
@@ -36,6 +37,9 @@ __all__ = ["fused_experts"]
 
 # Rows per product: enough for its full speed, few enough for the activations of the widest experts to stay in cache.
 _PIECE = 512
+
+# Rows per step of the elementwise part of the backward pass, at least, where memory for more is not at hand.
+_FEWEST = 64
 
 
 class _Plan(NamedTuple):
@@ -97,9 +101,11 @@ def fused_experts(
 
 
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
-    """`(start, end)` of runs of at most `_PIECE` rows."""
-    for start in range(0, count, _PIECE):
-        yield start, min(start + _PIECE, count)
+    """`(start, end)` of runs of at most `_PIECE` rows, none much shorter than the others."""
+    parts = -(-count // _PIECE)
+    length = -(-count // (parts * 64)) * 64 if parts > 1 else _PIECE
+    for start in range(0, count, length):
+        yield start, min(start + length, count)
 
 
 def _forward(
@@ -150,6 +156,7 @@ def _backward(
     down_bias: torch.Tensor | None,
     kept: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
+    workspace.release("rows", "activated")  # of the forward pass: they would only add to the peak
     dispatch, dtype = plan.dispatch, hidden_states.dtype
     tokens, hidden = hidden_states.shape
     width, intermediate = _widths(plan, up, down)
@@ -163,17 +170,21 @@ def _backward(
     ]
     grad_up, grad_up_bias, grad_down, grad_down_bias = grads
     grad_rows: Any = workspace.take("output rows", (plan.padded_rows, hidden), dtype) if need_x else None
-    buffer = workspace.take("rows", (plan.max_rows, hidden), dtype)  # first the gradient's rows, then the input's
-    a_buffer = workspace.take("activated", (plan.max_rows, intermediate), dtype)
-    back_buffer = workspace.take("activated gradient", (plan.max_piece, intermediate), dtype)
-    scratch = workspace.take("scratch", (plan.max_piece, intermediate), dtype)
     in_place = not _graph_is_kept()
     h_buffer = kept if in_place else workspace.take("projected", (plan.max_rows, width), dtype)
     for expert, start, end in dispatch.segments:
         count, rows = end - start, plan.rounded(end - start)
-        g = _gather(grad, dispatch.tokens[start:end], buffer, rows)
+        # first the gradient's rows, then the input's, then the gradient of the input
+        buffer = grad_rows[start : start + rows] if need_x else workspace.take("rows", (rows, hidden), dtype)
+        g = _gather(grad, dispatch.tokens[start:end], buffer)
+        room = Borrowed(grad_up[expert] if need_up else None)
+        a = room.take("activated", (rows, intermediate), dtype)
+        longest = plan.rounded(max(last - first for first, last in _pieces(count)))
+        back_buffer = room.take("activated gradient", (longest, intermediate), dtype)
+        step = max(_FEWEST, room.rows_left(intermediate, longest))
+        scratch = room.take("scratch", (min(step, longest), intermediate), dtype)
         w = weight_rows[start:end, None]
-        h, a = kept[start : start + rows], a_buffer[:rows]
+        h = kept[start : start + rows]
         if not in_place:
             h = h_buffer[:rows].copy_(h)
         if need_w or need_down:
@@ -181,12 +192,14 @@ def _backward(
         for first, last in _pieces(count):
             back = back_buffer[: plan.rounded(last - first)]
             plan.products.backward(g[first : first + back.shape[0]], down, expert, back)  # G
-            back, temporary = back[: last - first], scratch[: last - first]
-            if need_w:
-                torch.mul(a[first:last], back, out=temporary)
-                torch.sum(temporary, dim=-1, dtype=weights.dtype, out=grad_weight_rows[start + first : start + last])
-            if need_projected:
-                plan.epilogue.backward(h[first:last], back.mul_(w[first:last]), temporary)  # h is dh from here on
+            for i in range(first, last, step):
+                j = min(i + step, last)
+                da, temporary = back[i - first : j - first], scratch[: j - i]
+                if need_w:
+                    torch.mul(a[i:j], da, out=temporary)
+                    torch.sum(temporary, dim=-1, dtype=weights.dtype, out=grad_weight_rows[start + i : start + j])
+                if need_projected:
+                    plan.epilogue.backward(h[i:j], da.mul_(w[i:j]), temporary)  # h is dh from here on
         if need_w and down_bias is not None:
             grad_weight_rows[start:end] += torch.mm(g[:count], down_bias[expert][:, None])[:, 0]
         if need_down or need_down_bias:
@@ -196,7 +209,7 @@ def _backward(
         if need_down_bias:
             torch.sum(g[:count], dim=0, out=grad_down_bias[expert])
         if need_up:
-            x = _gather(hidden_states, dispatch.tokens[start:end], buffer, rows)
+            x = _gather(hidden_states, dispatch.tokens[start:end], buffer)
             plan.products.weight_gradient(x, h, grad_up[expert])
         if need_up_bias:
             torch.sum(h[:count], dim=0, out=grad_up_bias[expert])
@@ -220,12 +233,11 @@ def _widths(plan: _Plan, up: torch.Tensor, down: torch.Tensor) -> tuple[int, int
     return (up.shape[2], down.shape[1]) if plan.products.is_transposed else (up.shape[1], down.shape[2])
 
 
-def _gather(source: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor, rows: int) -> torch.Tensor:
+def _gather(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     count = index.shape[0]
-    torch.index_select(source, 0, index, out=buffer[:count])
-    if rows > count:
-        buffer[count:rows].zero_()
-    return buffer[:rows]
+    torch.index_select(source, 0, index, out=out[:count])
+    out[count:].zero_()
+    return out
 
 
 def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:

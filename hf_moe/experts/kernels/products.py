@@ -13,8 +13,8 @@ from .compiled import compiled_dtypes, load_compiled
 
 __all__ = ["CompiledProducts", "Products", "choose_products"]
 
-# Above, a float32 product of torch is as fast as the compiled one.
-_FLOAT32_ROWS = 64
+# Without the compiled tiles, a product of torch is faster above.
+_FEW_ROWS = 64
 
 
 class Products:
@@ -60,25 +60,25 @@ class Products:
 
 
 class CompiledProducts(Products):
-    """By the compiled operators where they are faster: all of bfloat16 on a CPU with its dot product, and few rows of
-    float32."""
+    """By the compiled operators where they are faster: everywhere on a CPU that has their instructions, else for few
+    rows."""
 
     def forward(
         self, x: torch.Tensor, stacked: torch.Tensor, bias: torch.Tensor | None, expert: int, out: torch.Tensor
     ) -> None:
-        if x.dtype == torch.float32 and x.shape[0] > _FLOAT32_ROWS:
+        if x.shape[0] > _FEW_ROWS and not _multiplies(x):
             super().forward(x, stacked, bias, expert, out)
         else:
             torch.ops.hf_moe_compiled.grouped_rows(x, stacked, bias, [expert], [x.shape[0]], out)
 
     def backward(self, grad: torch.Tensor, stacked: torch.Tensor, expert: int, out: torch.Tensor) -> None:
-        if _has_products(grad):
+        if _multiplies(grad):
             torch.ops.hf_moe_compiled.product(grad, stacked.select(0, expert), out)
         else:
             super().backward(grad, stacked, expert, out)
 
     def weight_gradient(self, inputs: torch.Tensor, grad: torch.Tensor, out: torch.Tensor) -> None:
-        if _has_products(grad):
+        if torch.ops.hf_moe_compiled.has_products(grad.dtype):
             torch.ops.hf_moe_compiled.transposed_product(grad, inputs, out)
         else:
             super().weight_gradient(inputs, grad, out)
@@ -103,5 +103,7 @@ def reads(bank: ExpertBank) -> bool:
     return not bank.is_transposed and bank.up.dtype in compiled_dtypes and all(p.is_contiguous() for p in present)
 
 
-def _has_products(grad: torch.Tensor) -> bool:
-    return grad.dtype == torch.bfloat16 and grad.shape[1] % 2 == 0 and bool(torch.ops.hf_moe_compiled.has_products())
+def _multiplies(rows: torch.Tensor) -> bool:
+    """Whether tiles sum over the columns of a matrix: bfloat16 is read in pairs."""
+    is_paired = rows.dtype == torch.float32 or rows.shape[1] % 2 == 0
+    return is_paired and bool(torch.ops.hf_moe_compiled.has_products(rows.dtype))

@@ -9,7 +9,7 @@ import threading
 import torch
 
 
-__all__ = ["MAX_KEPT_BYTES", "Workspace", "workspace"]
+__all__ = ["MAX_KEPT_BYTES", "Borrowed", "Workspace", "workspace"]
 
 #: A buffer above this is not kept after the call.
 MAX_KEPT_BYTES = 64 << 20
@@ -37,11 +37,22 @@ class Workspace(threading.local):
             size *= extent
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
+            del buffer
+            self.release(name)  # before its successor is there
             with torch.inference_mode(False):  # a tensor born in inference mode could not be written outside it
                 buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
             if size <= MAX_KEPT_BYTES:
                 self._buffers[name] = buffer
         return buffer[:size].view(dtype).view(shape)
+
+    def release(self, *names: str) -> None:
+        """Gives some of the memory back.
+
+        Args:
+            names (`str`): Of the buffers; those that do not exist are passed over.
+        """
+        for name in names:
+            self._buffers.pop(name, None)
 
     def clear(self) -> None:
         """Gives the memory of this thread back."""
@@ -50,3 +61,32 @@ class Workspace(threading.local):
 
 #: The buffers of the running thread.
 workspace = Workspace()
+
+
+class Borrowed:
+    """Memory that will be written at the end and serves as buffers until then.
+
+    Args:
+        memory (`torch.Tensor`, *optional*): Contiguous; by default there is none to borrow.
+    """
+
+    def __init__(self, memory: torch.Tensor | None = None):
+        self._rest = None if memory is None else memory.view(-1)
+
+    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory: of what is left here if that is enough, else of the [`workspace`].
+
+        Args:
+            name (`str`): Name of the buffer in the workspace.
+            shape (`tuple[int, int]`): Shape.
+            dtype (`torch.dtype`): Dtype; that of the borrowed memory, if there is any.
+        """
+        size = shape[0] * shape[1]
+        if self._rest is None or self._rest.numel() < size:
+            return workspace.take(name, shape, dtype)
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return taken.view(shape)
+
+    def rows_left(self, width: int, most: int) -> int:
+        """How many rows of a width still fit, at most `most`; that many, too, if nothing was borrowed."""
+        return most if self._rest is None else min(most, self._rest.numel() // width)

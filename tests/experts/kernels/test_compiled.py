@@ -27,53 +27,102 @@ def test_every_layout_equals_eager(compiled_operator, layout, dtype):
         assert (output.double() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 3), (33, 66), (96, 64), (100, 35)])
+DTYPES = [torch.float32, torch.bfloat16]
+
+# in units of the largest value: what sums in float32 lose, and a unit in the last place of bfloat16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 3), (33, 66), (96, 64), (100, 35), (130, 97), (34, 208)])
 def test_any_width_and_any_number_of_rows(compiled_operator, dtype, width, out):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, out, width, generator=generator).to(dtype)
-    bias = torch.randn(5, out, generator=generator).to(dtype)
-    rows = torch.randn(13, width, generator=generator).to(dtype)
-    experts, ends = [0, 1, 3, 4], [1, 3, 6, 13]
-    output = torch.full((13, out), math.nan, dtype=dtype)
-    torch.ops.hf_moe_compiled.grouped_rows(rows, weight, bias, experts, ends, output)
-    start = 0
-    for expert, end in zip(experts, ends, strict=True):
-        expected = rows[start:end].double() @ weight[expert].double().t() + bias[expert].double()
-        error = (output[start:end].double() - expected).abs().max()
-        assert error <= (1e-5 if dtype == torch.float32 else 1e-2) * (1 + expected.abs().max())
-        start = end
+    weight = torch.randn(6, out, width, generator=generator).to(dtype)
+    bias = torch.randn(6, out, generator=generator).to(dtype)
+    experts, ends = [0, 1, 3, 4, 5], [1, 3, 6, 25, 80]  # from a single row to those that are multiplied in tiles
+    rows = torch.randn(80, width, generator=generator).to(dtype)
+    for present in (bias, None):
+        output = torch.full((80, out), math.nan, dtype=dtype)
+        torch.ops.hf_moe_compiled.grouped_rows(rows, weight, present, experts, ends, output)
+        start = 0
+        for expert, end in zip(experts, ends, strict=True):
+            expected = rows[start:end].double() @ weight[expert].double().t()
+            if present is not None:
+                expected += present[expert].double()
+            error = (output[start:end].double() - expected).abs().max()
+            assert error <= TOLERANCE[dtype] * (1 + expected.abs().max())
+            start = end
 
 
-@pytest.fixture
-def products(compiled_operator):
-    """The operators of the backward pass."""
-    operators = torch.ops.hf_moe_compiled
-    if not operators.has_products():
-        with pytest.raises(RuntimeError, match="no bfloat16 dot product"):
-            operators.product(*(torch.zeros(2, 2, dtype=torch.bfloat16) for _ in range(3)))
-        pytest.skip("this CPU has no bfloat16 dot product")
-    return operators
-
-
-@pytest.mark.parametrize(("rows", "inner", "out"), [(1, 2, 1), (3, 6, 47), (8, 32, 48), (13, 10, 49), (21, 66, 130)])
-def test_products_of_any_size_are_rounded_once(products, rows, inner, out):
+def test_one_row_and_many_rows_agree_in_the_last_digits(compiled_operator):
     generator = torch.Generator().manual_seed(0)
+    weight, rows = torch.randn(1, 70, 300, generator=generator), torch.randn(40, 300, generator=generator)
+    together, apart = torch.empty(40, 70), torch.empty(40, 70)
+    torch.ops.hf_moe_compiled.grouped_rows(rows, weight, None, [0], [40], together)
+    for i in range(40):
+        torch.ops.hf_moe_compiled.grouped_rows(rows[i : i + 1], weight, None, [0], [1], apart[i : i + 1])
+    assert torch.allclose(together, apart, rtol=0, atol=1e-6 * float(apart.abs().max()))
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype_of_products(request, compiled_operator):
+    """A dtype of which this CPU has the products of the backward pass."""
+    operators, dtype = torch.ops.hf_moe_compiled, request.param
+    if not operators.has_products(dtype):
+        with pytest.raises(RuntimeError, match="no product of"):
+            operators.product(*(torch.zeros(2, 2, dtype=dtype) for _ in range(3)))
+        pytest.skip(f"this CPU has no product of {dtype}")
+    return dtype
+
+
+SIZES = [
+    (1, 2, 1),
+    (3, 6, 47),
+    (8, 32, 48),
+    (13, 10, 49),
+    (21, 66, 130),
+    (17, 200, 64),
+    (50, 4500, 20),
+    (1100, 30, 70),
+]
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), SIZES)
+def test_products_of_any_size_are_rounded_once(dtype_of_products, rows, inner, out):
+    generator, dtype = torch.Generator().manual_seed(0), dtype_of_products
     a, b, c = (
-        torch.randn(*shape, generator=generator).bfloat16() for shape in ((rows, inner), (inner, out), (rows, out))
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, inner), (inner, out), (rows, out))
     )
-    ab, ac = (torch.full(shape, math.nan, dtype=torch.bfloat16) for shape in ((rows, out), (inner, out)))
-    products.product(a, b, ab)
-    products.transposed_product(a, c, ac)
-    for found, exact in ((ab, a.double() @ b.double()), (ac, a.double().t() @ c.double())):
-        # half a unit in the last place, and what sums in float32 lose
-        assert ((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+    ab, ac = (torch.full(shape, math.nan, dtype=dtype) for shape in ((rows, out), (inner, out)))
+    torch.ops.hf_moe_compiled.product(a, b, ab)
+    torch.ops.hf_moe_compiled.transposed_product(a, c, ac)
+    for found, exact, length in ((ab, a.double() @ b.double(), inner), (ac, a.double().t() @ c.double(), rows)):
+        # half a unit in the last place of bfloat16, and what sums in float32 lose
+        unit = 2**-8 if dtype == torch.bfloat16 else 0.0
+        assert ((found.double() - exact).abs() <= exact.abs() * unit + 1e-6 * length**0.5 * 10).all()
 
 
-def test_products_take_rows_of_larger_matrices(products):
+def test_float32_products_are_as_exact_as_those_of_torch(dtype_of_products):
+    if dtype_of_products != torch.float32:
+        pytest.skip("bfloat16 is rounded at the end: see above")
     generator = torch.Generator().manual_seed(0)
-    large = torch.randn(9, 40, generator=generator).bfloat16()
-    a, b, c = large[:, :12], torch.randn(12, 20, generator=generator).bfloat16(), large[:, 12:32]
+    for length in (256, 1024, 3584):
+        a, b = torch.randn(64, length, generator=generator), torch.randn(length, 96, generator=generator)
+        exact, ours, rows, turned = a.double() @ b.double(), *(torch.empty(64, 96) for _ in range(3))
+        torch.ops.hf_moe_compiled.product(a, b, ours)
+        torch.ops.hf_moe_compiled.grouped_rows(a, b.t().contiguous()[None], None, [0], [64], rows)
+        torch.ops.hf_moe_compiled.transposed_product(a.t().contiguous(), b, turned)
+        limit = 1.2 * (a @ b - exact).norm()
+        for found in (ours, rows, turned):
+            assert (found - exact).norm() <= limit, length
+
+
+def test_products_take_rows_of_larger_matrices(dtype_of_products):
+    generator = torch.Generator().manual_seed(0)
+    products = torch.ops.hf_moe_compiled
+    large, b = torch.randn(9, 40, generator=generator), torch.randn(12, 20, generator=generator)
+    large, b = large.to(dtype_of_products), b.to(dtype_of_products)
+    a, c = large[:, :12], large[:, 12:32]
     ab, ac = large.new_zeros(9, 64), large.new_zeros(12, 64)
     products.product(a, b, ab[:, 8:28])
     products.transposed_product(a, c, ac[:, 8:28])
@@ -85,16 +134,20 @@ def test_products_take_rows_of_larger_matrices(products):
         assert not wide[:, :8].any() and not wide[:, 28:].any(), "nothing beside the result is written"
 
 
-def test_products_refuse_what_they_cannot_read(products):
-    a, b, out = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((2, 4), (4, 6), (2, 6)))
-    for wrong in ((a[:, :3], b[:3], out), (a, b[:2], out), (a, b, out[:1]), (a.float(), b, out), (a.t(), a, b)):
+def test_products_refuse_what_they_cannot_read(dtype_of_products):
+    products, dtype = torch.ops.hf_moe_compiled, dtype_of_products
+    a, b, out = (torch.zeros(shape, dtype=dtype) for shape in ((2, 4), (4, 6), (2, 6)))
+    wrong = [(a, b[:2], out), (a, b, out[:1]), (a.double(), b, out), (a, b.double(), out), (a.t(), a, b)]
+    if dtype == torch.bfloat16:
+        wrong.append((a[:, :3], b[:3], out))  # numbers are read in pairs
+    for arguments in wrong:
         with pytest.raises(RuntimeError):
-            products.product(*wrong)
+            products.product(*arguments)
     with pytest.raises(RuntimeError):
         products.transposed_product(a, b, out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_as_exact_as_those_of_torch(compiled_operator, layout, dtype):
     inputs = make_inputs(200, dtype=dtype)

@@ -5,7 +5,7 @@ import torch
 
 from hf_moe.experts.benchmark import Geometry, peak_bytes
 from hf_moe.experts.benchmark.geometry import make_experts, make_routing
-from hf_moe.experts.kernels.workspace import MAX_KEPT_BYTES, Workspace
+from hf_moe.experts.kernels.workspace import MAX_KEPT_BYTES, Borrowed, Workspace
 
 
 def peak(path, dtype, tokens):
@@ -38,8 +38,24 @@ def test_buffers_grow_are_used_again_and_are_bounded():
     assert again.data_ptr() == first.data_ptr()
     assert workspace.take("b", (10, 4), torch.float32).data_ptr() != first.data_ptr()
     large = workspace.take("a", (MAX_KEPT_BYTES + 1,), torch.uint8)
-    assert large.numel() > MAX_KEPT_BYTES
-    assert workspace.take("a", (10, 4), torch.float32).data_ptr() == first.data_ptr()
+    assert large.numel() > MAX_KEPT_BYTES and "a" not in workspace._buffers
+    assert workspace.take("b", (10, 4), torch.float32).data_ptr() != first.data_ptr()
     assert workspace.take("empty", (0, 4), torch.float32).shape == (0, 4)
+    workspace.release("b", "never taken")
+    assert "b" not in workspace._buffers and workspace._buffers
     workspace.clear()
     assert workspace._buffers == {}
+
+
+def test_borrowed_memory_serves_first_and_the_workspace_then():
+    memory = torch.zeros(5, 4)
+    room = Borrowed(memory)
+    assert room.rows_left(4, 9) == 5 and room.rows_left(4, 3) == 3
+    first, second = room.take("a", (2, 4), torch.float32), room.take("b", (3, 4), torch.float32)
+    first.fill_(1)
+    second.fill_(2)
+    assert memory.sum(dim=1).tolist() == [4, 4, 8, 8, 8]
+    room.take("c", (1, 4), torch.float32).fill_(3)
+    assert memory.sum() == 32 and room.rows_left(4, 9) == 0
+    nothing = Borrowed()
+    assert nothing.rows_left(4, 9) == 9 and nothing.take("d", (2, 3), torch.bfloat16).shape == (2, 3)
