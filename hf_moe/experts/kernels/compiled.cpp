@@ -1,9 +1,12 @@
 // out[s] = W[e] x[s] + b[e] for the rows s of each chosen expert e.
 //
-// With few rows, time is the reading of W: every block of four weight rows is read from memory once and multiplied with
-// all rows of the expert while it is in the first-level cache, four rows at a time: 16 sums in registers, each over the
+// A few rows: time is the reading of W. Every block of four weight rows is read from memory once and multiplied with all
+// rows of the expert while it is in the first-level cache, four rows at a time: 16 sums in registers, each over the
 // contiguous last axis of both sides. Vectors are those of the compiler's vector extension; bfloat16 uses the CPU's own
-// dot product where there is one. With many rows, it is the arithmetic: see `compiled_tiles.h`.
+// dot product where there is one.
+//
+// Some dozen rows: W is still read once and as it lies; tiles (see `compiled_tiles.h`) of eight of its rows by the
+// transposed rows of x. Many rows: time is the arithmetic, and W is worth packing.
 
 #include "compiled_tiles.h"
 
@@ -151,63 +154,120 @@ inline void rows_of_block(int64_t rows, const T* x, const T* w, const T* bias, i
   }
 }
 
+// The rows of one expert.
 template <typename T>
-void panel(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64_t width, int64_t begin, int64_t end,
-           T* out) {
+struct Rows {
+  const T *x, *w, *bias;
+  int64_t rows, k, width;
+  T* out;
+};
+
+// Features begin..end of a few rows.
+template <typename T>
+void dots(const Rows<T>& e, int64_t begin, int64_t end) {
   int64_t o = begin;
   for (; o + kBlock <= end; o += kBlock) {
-    const T* wo = w + o * k;
-    const T* bo = bias ? bias + o : nullptr;
-    rows_of_block<true>(rows, x, wo, bo, k, width, out + o);  // the weights arrive with the first rows
-    for (int64_t r = kBlock; r < rows; r += kBlock) {
-      rows_of_block<false>(rows - r, x + r * k, wo, bo, k, width, out + r * width + o);
+    const T* w = e.w + o * e.k;
+    const T* bias = e.bias ? e.bias + o : nullptr;
+    rows_of_block<true>(e.rows, e.x, w, bias, e.k, e.width, e.out + o);  // the weights arrive with the first rows
+    for (int64_t r = kBlock; r < e.rows; r += kBlock) {
+      rows_of_block<false>(e.rows - r, e.x + r * e.k, w, bias, e.k, e.width, e.out + r * e.width + o);
     }
   }
   for (; o < end; ++o) {  // at most three features of the last panel
-    for (int64_t r = 0; r < rows; ++r) {
-      float sum = bias ? (float)bias[o] : 0.f;
-      for (int64_t i = 0; i < k; ++i) sum += (float)x[r * k + i] * (float)w[o * k + i];
-      out[r * width + o] = (T)sum;
+    for (int64_t r = 0; r < e.rows; ++r) {
+      float sum = e.bias ? (float)e.bias[o] : 0.f;
+      for (int64_t i = 0; i < e.k; ++i) sum += (float)e.x[r * e.k + i] * (float)e.w[o * e.k + i];
+      e.out[r * e.width + o] = (T)sum;
     }
   }
 }
 
-// From here on tiles are faster than blocks.
-template <typename T>
-constexpr int64_t kManyRows = std::is_same_v<T, float> ? 16 : 48;
-
 #if defined(HF_MOE_TILES)
-// As `panel`, in tiles.
+
+// From here on a vector of rows is faster than dots, even if it is not full.
 template <typename T>
-void tiled_panel(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64_t width, int64_t begin,
-                 int64_t end, T* out) {
+constexpr int64_t kSomeRows = std::is_same_v<T, float> ? 12 : 15;
+
+constexpr int64_t kManyRows = kTileColumns;  // above, packed weights are faster than packed rows
+
+// Rows of an expert that are taken as vectors; a few that are left over are dots.
+template <typename T>
+int64_t turned_rows(int64_t rows) {
+  return rows % 16 < kSomeRows<T> ? rows / 16 * 16 : rows;
+}
+
+// As `dots`, with the transpose of the rows in `panel`.
+template <typename T>
+void turned(const Rows<T>& e, const uint32_t* panel, int64_t begin, int64_t end) {
+  const int64_t lanes = e.k / kPerLane<T>, count = turned_rows<T>(e.rows);
+  const int vectors = (int)((count + 15) / 16);
+  const Rows<T> rest{e.x + count * e.k, e.w, e.bias, e.rows - count, e.k, e.width, e.out + count * e.width};
+  alignas(64) float sums[kTileRows * kTileColumns], square[16 * 16];
+  for (int64_t o = begin; o < end; o += kTileRows) {
+    const int64_t tall = std::min(kTileRows, end - o), fetched = std::clamp<int64_t>(e.width - o - 2 * kTileRows, 0, tall);
+    const T* w = e.w + o * e.k;
+    multiply_panel<T, float>(tall, reinterpret_cast<const uint32_t*>(w), lanes, 1, panel, vectors, lanes, nullptr, 0,
+                             sums, kTileColumns, 16 * vectors,
+                             {w + 2 * kTileRows * e.k, fetched * e.k * (int64_t)sizeof(T), 4 * kTileRows});
+    const __mmask16 features = first_lanes(tall);
+    const __m512 bias = e.bias ? load_floats(e.bias + o, features) : _mm512_setzero_ps();
+    for (int64_t r = 0; r < count; ++r) {
+      if (r % 16 == 0) {
+        turn(reinterpret_cast<const uint32_t*>(sums) + r, kTileColumns, tall, 16, reinterpret_cast<uint32_t*>(square), 16);
+      }
+      const __m512 sum = _mm512_load_ps(square + r % 16 * 16);
+      store_floats(e.out + r * e.width + o, features, _mm512_add_ps(sum, bias));
+    }
+    if (rest.rows) dots(rest, o, o + tall);
+  }
+}
+
+// As `dots`, for many rows.
+template <typename T>
+void tiles(const Rows<T>& e, std::vector<uint32_t>& packed, int64_t begin, int64_t end) {
   constexpr int64_t kPage = 4096;  // the hardware looks ahead within a page: longer rows need no help
-  const int64_t lanes = lanes_of<T>(k), bytes = k * sizeof(T);
-  static thread_local std::vector<uint32_t> packed;
+  const int64_t lanes = e.k / kPerLane<T>, bytes = e.k * sizeof(T);
   packed.resize(std::max<size_t>(packed.size(), lanes * kTileColumns));
   int vectors;
   for (int64_t o = begin; o < end; o += 16 * vectors) {
     vectors = panel_vectors(end - o);
-    const int64_t after = o + 16 * vectors, next = std::clamp<int64_t>(width - after, 0, kTileColumns);
-    pack_rows(w + o * k, end - o, k, k, vectors, packed.data());
-    multiply_panel<T>(rows, reinterpret_cast<const uint32_t*>(x), k / kPerLane<T>, 1, packed.data(), vectors, lanes,
-                      bias ? bias + o : nullptr, 0, out + o, width, end - o, w + after * k,
-                      bytes < kPage ? next * bytes : 0);
+    const int64_t after = o + 16 * vectors, next = std::clamp<int64_t>(e.width - after, 0, kTileColumns);
+    pack_rows(e.w + o * e.k, end - o, e.k, e.k, vectors, packed.data());
+    multiply_panel<T>(e.rows, reinterpret_cast<const uint32_t*>(e.x), lanes, 1, packed.data(), vectors, lanes,
+                      e.bias ? e.bias + o : nullptr, 0, e.out + o, e.width, end - o,
+                      {e.w + after * e.k, bytes < kPage ? next * bytes : 0});
   }
 }
-#endif
+
+#endif  // HF_MOE_TILES
+
+// Memory of one thread: packed weights, or the packed rows of the expert they were packed for.
+struct Packed {
+  std::vector<uint32_t> lanes;
+  int64_t expert = -1;
+};
 
 template <typename T>
-void panel_of(const T* x, const T* w, const T* bias, int64_t rows, int64_t k, int64_t width, int64_t begin, int64_t end,
-              T* out) {
+void features(const Rows<T>& e, int64_t expert, int64_t begin, int64_t end, [[maybe_unused]] Packed& packed) {
 #if defined(HF_MOE_TILES)
   if constexpr (has_tiles<T>()) {
-    if (rows >= kManyRows<T> && k % kPerLane<T> == 0) {
-      return tiled_panel(x, w, bias, rows, k, width, begin, end, out);
+    if (e.rows >= kSomeRows<T> && e.k % kPerLane<T> == 0) {
+      if (e.rows > kManyRows) {
+        packed.expert = -1;
+        return tiles(e, packed.lanes, begin, end);
+      }
+      if (packed.expert != expert) {
+        packed.lanes.resize(std::max<size_t>(packed.lanes.size(), e.k / kPerLane<T> * kTileColumns));
+        const int64_t count = turned_rows<T>(e.rows);
+        pack_rows(e.x, count, e.k, e.k, (int)((count + 15) / 16), packed.lanes.data());
+        packed.expert = expert;
+      }
+      return turned(e, packed.lanes.data(), begin, end);
     }
   }
 #endif
-  panel(x, w, bias, rows, k, width, begin, end, out);
+  dots(e, begin, end);
 }
 
 // rows (S, I) sorted by expert, weight (N, O, I), experts and ends of the chosen ones -> out (S, O)
@@ -232,11 +292,12 @@ void grouped_rows(const at::Tensor& rows, const at::Tensor& weight, const std::o
     const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
     T* y = out.mutable_data_ptr<T>();
     at::parallel_for(0, chosen * panels, 1, [&](int64_t from, int64_t to) {
+      Packed packed;
       for (int64_t task = from; task < to; ++task) {
-        const int64_t i = task / panels, begin = (task % panels) * kPanel;
-        const int64_t start = i ? ends[i - 1] : 0;
-        panel_of<T>(x + start * k, w + experts[i] * width * k, b ? b + experts[i] * width : nullptr, ends[i] - start,
-                    k, width, begin, std::min(begin + kPanel, width), y + start * width);
+        const int64_t i = task / panels, begin = (task % panels) * kPanel, start = i ? ends[i - 1] : 0;
+        const Rows<T> e{x + start * k, w + experts[i] * width * k, b ? b + experts[i] * width : nullptr,
+                        ends[i] - start, k, width, y + start * width};
+        features<T>(e, i, begin, std::min(begin + kPanel, width), packed);
       }
     });
   };

@@ -229,29 +229,35 @@ void tile_of_rows(int64_t rows, Args... args) {
 template <typename T>
 constexpr int64_t kChain = std::is_same_v<T, float> ? 128 : INT64_MAX;
 
-// All rows of a times one panel, in tiles of nearly equal height; see `tile`. The first tiles fetch `next_bytes`.
+// What to fetch from memory meanwhile: so many bytes from here on, a few per lane.
+struct Ahead {
+  const void* from = nullptr;
+  int64_t bytes = 0;
+  int64_t per_lane = 64;
+};
+
+// All rows of a times one panel, in tiles of nearly equal height; see `tile`.
 template <typename T, typename Out>
 void multiply_panel(int64_t rows, const uint32_t* a, int64_t row, int64_t step, const uint32_t* panel, int vectors,
                     int64_t lanes, const Out* added, int64_t added_row, Out* out, int64_t stride, int64_t columns,
-                    const void* next = nullptr, int64_t next_bytes = 0) {
-  constexpr int64_t kLine = 64;
+                    Ahead ahead = {}) {
   const int64_t height = even_part(rows, kTileRows), chain = even_part(lanes, kChain<T>);
-  const char* ahead = static_cast<const char*>(next);
-  for (int64_t r = 0; r < rows; r += height, next_bytes -= lanes * kLine) {
+  const char* next = static_cast<const char*>(ahead.from);
+  for (int64_t r = 0; r < rows; r += height, ahead.bytes -= lanes * ahead.per_lane) {
     const int64_t count = std::min(height, rows - r);
     Out* y = out + r * stride;
     const Out* plus = added ? added + r * added_row : nullptr;
     int64_t plus_row = added_row, p = 0;
     do {
       const uint32_t *x = a + r * row + p * step, *b = panel + p * 16 * vectors;
-      const int64_t depth = std::min(chain, lanes - p), fetch = next_bytes > 0 ? kLine : 0;
-      const char* from = fetch ? ahead : reinterpret_cast<const char*>(b);
+      const int64_t depth = std::min(chain, lanes - p), fetch = ahead.bytes > 0 ? ahead.per_lane : 0;
+      const char* from = fetch ? next : reinterpret_cast<const char*>(b);
       switch (vectors) {
         case 1: tile_of_rows<T, 1>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch); break;
         case 2: tile_of_rows<T, 2>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch); break;
         default: tile_of_rows<T, 3>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch);
       }
-      ahead += depth * kLine;
+      next += depth * ahead.per_lane;
       plus = y;
       plus_row = stride;
       p += chain;

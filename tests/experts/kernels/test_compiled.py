@@ -1,5 +1,6 @@
 """The compiled operator: equal to eager, honest where it cannot be built, silent where it was not asked for."""
 
+import itertools
 import math
 import sys
 
@@ -37,12 +38,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (7, 3), (33, 66), (96, 64), (100, 35), (130, 97), (34, 208)])
 def test_any_width_and_any_number_of_rows(compiled_operator, dtype, width, out):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, out, width, generator=generator).to(dtype)
-    bias = torch.randn(6, out, generator=generator).to(dtype)
-    experts, ends = [0, 1, 3, 4, 5], [1, 3, 6, 25, 80]  # from a single row to those that are multiplied in tiles
-    rows = torch.randn(80, width, generator=generator).to(dtype)
+    weight = torch.randn(9, out, width, generator=generator).to(dtype)
+    bias = torch.randn(9, out, generator=generator).to(dtype)
+    counts = [1, 2, 3, 19, 55, 15, 46, 48]  # one, a few, some with and without a rest, many
+    experts, ends = [0, 1, 3, 4, 5, 6, 7, 8], list(itertools.accumulate(counts))
+    rows = torch.randn(ends[-1], width, generator=generator).to(dtype)
     for present in (bias, None):
-        output = torch.full((80, out), math.nan, dtype=dtype)
+        output = torch.full((ends[-1], out), math.nan, dtype=dtype)
         torch.ops.hf_moe_compiled.grouped_rows(rows, weight, present, experts, ends, output)
         start = 0
         for expert, end in zip(experts, ends, strict=True):
@@ -132,6 +134,25 @@ def test_products_take_rows_of_larger_matrices(dtype_of_products):
     for wide, dense in ((ab, dense_ab), (ac, dense_ac)):
         assert torch.equal(wide[:, 8:28], dense)
         assert not wide[:, :8].any() and not wide[:, 28:].any(), "nothing beside the result is written"
+
+
+def test_the_number_of_threads_changes_nothing(dtype_of_products):
+    generator, products = torch.Generator().manual_seed(0), torch.ops.hf_moe_compiled
+    a, b = torch.randn(40, 300, generator=generator), torch.randn(300, 600, generator=generator)
+    a, b = a.to(dtype_of_products), b.to(dtype_of_products)
+    stacked = b.t().contiguous()[None]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            ab, rows, turned = a.new_empty(40, 600), a.new_empty(40, 600), a.new_empty(300, 300)
+            products.product(a, b, ab)
+            products.grouped_rows(a, stacked, None, [0], [40], rows)
+            products.transposed_product(a, a, turned)
+            found.append((ab, rows, turned))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_products_refuse_what_they_cannot_read(dtype_of_products):
