@@ -1,7 +1,7 @@
 // out[s] = W[e] x[s] + b[e] for the rows s of each chosen expert e.
 //
-// A few rows: time is the reading of W. Every block of four weight rows is read from memory once and multiplied with all
-// rows of the expert while it is in the first-level cache, four rows at a time: 16 sums in registers, each over the
+// A few rows: time is the reading of W. Every block of four weight rows is read from memory once and multiplied with
+// all rows of the expert while it is in the first-level cache, four rows at a time: 16 sums in registers, each over the
 // contiguous last axis of both sides. Vectors are those of the compiler's vector extension; bfloat16 uses the CPU's own
 // dot product where there is one.
 //
@@ -14,7 +14,6 @@
 #include <torch/library.h>
 
 #include <cstring>
-#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -78,7 +77,7 @@ inline void prefetch(const T* w, int64_t k) {
   if constexpr (PREFETCH) __builtin_prefetch(w + 2 * kBlock * k, 0, 2);
 }
 
-// sums[r * 4 + o] = dot(x row r, w row o). The loops over rows and features must be unrolled, or the sums live in memory.
+// sums[r * 4 + o] = dot(x row r, w row o). The loops must be unrolled, or the sums live in memory.
 template <int ROWS, bool PREFETCH, typename T>
 inline void block(const T* x, const T* w, int64_t k, float* sums) {
   VecF acc[kBlock][kBlock] = {};
@@ -205,16 +204,18 @@ void turned(const Rows<T>& e, const uint32_t* panel, int64_t begin, int64_t end)
   const Rows<T> rest{e.x + count * e.k, e.w, e.bias, e.rows - count, e.k, e.width, e.out + count * e.width};
   alignas(64) float sums[kTileRows * kTileColumns], square[16 * 16];
   for (int64_t o = begin; o < end; o += kTileRows) {
-    const int64_t tall = std::min(kTileRows, end - o), fetched = std::clamp<int64_t>(e.width - o - 2 * kTileRows, 0, tall);
+    const int64_t tall = std::min(kTileRows, end - o), ahead = 2 * kTileRows;
+    const int64_t fetched = std::clamp<int64_t>(e.width - o - ahead, 0, tall);
     const T* w = e.w + o * e.k;
     multiply_panel<T, float>(tall, reinterpret_cast<const uint32_t*>(w), lanes, 1, panel, vectors, lanes, nullptr, 0,
                              sums, kTileColumns, 16 * vectors,
-                             {w + 2 * kTileRows * e.k, fetched * e.k * (int64_t)sizeof(T), 4 * kTileRows});
+                             {w + ahead * e.k, fetched * e.k * (int64_t)sizeof(T), 4 * kTileRows});
     const __mmask16 features = first_lanes(tall);
     const __m512 bias = e.bias ? load_floats(e.bias + o, features) : _mm512_setzero_ps();
     for (int64_t r = 0; r < count; ++r) {
       if (r % 16 == 0) {
-        turn(reinterpret_cast<const uint32_t*>(sums) + r, kTileColumns, tall, 16, reinterpret_cast<uint32_t*>(square), 16);
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(sums) + r;
+        turn(from, kTileColumns, tall, 16, reinterpret_cast<uint32_t*>(square), 16);
       }
       const __m512 sum = _mm512_load_ps(square + r % 16 * 16);
       store_floats(e.out + r * e.width + o, features, _mm512_add_ps(sum, bias));
@@ -225,16 +226,15 @@ void turned(const Rows<T>& e, const uint32_t* panel, int64_t begin, int64_t end)
 
 // As `dots`, for many rows.
 template <typename T>
-void tiles(const Rows<T>& e, std::vector<uint32_t>& packed, int64_t begin, int64_t end) {
+void tiles(const Rows<T>& e, uint32_t* packed, int64_t begin, int64_t end) {
   constexpr int64_t kPage = 4096;  // the hardware looks ahead within a page: longer rows need no help
   const int64_t lanes = e.k / kPerLane<T>, bytes = e.k * sizeof(T);
-  packed.resize(std::max<size_t>(packed.size(), lanes * kTileColumns));
   int vectors;
   for (int64_t o = begin; o < end; o += 16 * vectors) {
     vectors = panel_vectors(end - o);
     const int64_t after = o + 16 * vectors, next = std::clamp<int64_t>(e.width - after, 0, kTileColumns);
-    pack_rows(e.w + o * e.k, end - o, e.k, e.k, vectors, packed.data());
-    multiply_panel<T>(e.rows, reinterpret_cast<const uint32_t*>(e.x), lanes, 1, packed.data(), vectors, lanes,
+    pack_rows(e.w + o * e.k, end - o, e.k, e.k, vectors, packed);
+    multiply_panel<T>(e.rows, reinterpret_cast<const uint32_t*>(e.x), lanes, 1, packed, vectors, lanes,
                       e.bias ? e.bias + o : nullptr, 0, e.out + o, e.width, end - o,
                       {e.w + after * e.k, bytes < kPage ? next * bytes : 0});
   }
@@ -242,28 +242,23 @@ void tiles(const Rows<T>& e, std::vector<uint32_t>& packed, int64_t begin, int64
 
 #endif  // HF_MOE_TILES
 
-// Memory of one thread: packed weights, or the packed rows of the expert they were packed for.
-struct Packed {
-  std::vector<uint32_t> lanes;
-  int64_t expert = -1;
-};
-
+// By the way that suits the number of rows. `packed_for` is the expert whose rows this thread has packed.
 template <typename T>
-void features(const Rows<T>& e, int64_t expert, int64_t begin, int64_t end, [[maybe_unused]] Packed& packed) {
+void features(const Rows<T>& e, int64_t expert, int64_t begin, int64_t end, [[maybe_unused]] int64_t& packed_for) {
 #if defined(HF_MOE_TILES)
   if constexpr (has_tiles<T>()) {
     if (e.rows >= kSomeRows<T> && e.k % kPerLane<T> == 0) {
+      uint32_t* packed = scratch<0>(e.k / kPerLane<T> * kTileColumns);
       if (e.rows > kManyRows) {
-        packed.expert = -1;
-        return tiles(e, packed.lanes, begin, end);
+        packed_for = -1;
+        return tiles(e, packed, begin, end);
       }
-      if (packed.expert != expert) {
-        packed.lanes.resize(std::max<size_t>(packed.lanes.size(), e.k / kPerLane<T> * kTileColumns));
+      if (packed_for != expert) {
         const int64_t count = turned_rows<T>(e.rows);
-        pack_rows(e.x, count, e.k, e.k, (int)((count + 15) / 16), packed.lanes.data());
-        packed.expert = expert;
+        pack_rows(e.x, count, e.k, e.k, (int)((count + 15) / 16), packed);
+        packed_for = expert;
       }
-      return turned(e, packed.lanes.data(), begin, end);
+      return turned(e, packed, begin, end);
     }
   }
 #endif
@@ -292,12 +287,12 @@ void grouped_rows(const at::Tensor& rows, const at::Tensor& weight, const std::o
     const T* b = bias ? bias->const_data_ptr<T>() : nullptr;
     T* y = out.mutable_data_ptr<T>();
     at::parallel_for(0, chosen * panels, 1, [&](int64_t from, int64_t to) {
-      Packed packed;
+      int64_t packed_for = -1;
       for (int64_t task = from; task < to; ++task) {
         const int64_t i = task / panels, begin = (task % panels) * kPanel, start = i ? ends[i - 1] : 0;
         const Rows<T> e{x + start * k, w + experts[i] * width * k, b ? b + experts[i] * width : nullptr,
                         ends[i] - start, k, width, y + start * width};
-        features<T>(e, i, begin, std::min(begin + kPanel, width), packed);
+        features<T>(e, i, begin, std::min(begin + kPanel, width), packed_for);
       }
     });
   };

@@ -5,8 +5,6 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <vector>
-
 namespace {
 
 bool has_products(at::ScalarType dtype) {
@@ -45,19 +43,19 @@ void run_product(const at::Tensor& a, const at::Tensor& b, at::Tensor& out) {
   const T* right = b.const_data_ptr<T>();
   T* y = out.mutable_data_ptr<T>();
   at::parallel_for(0, (n + group - 1) / group, 1, [&](int64_t from, int64_t to) {
-    std::vector<uint32_t> panels(lanes * group);
+    uint32_t* panels = scratch<0>(lanes * group);
     std::vector<float> sums(exact || depth >= k ? 0 : m * group);
     for (int64_t begin = from * group; begin < std::min(n, to * group); begin += group) {
       const int64_t columns = std::min(group, n - begin);
       int64_t step = 0;
       do {
         const int64_t count = std::min(depth, k - step), height = lanes_of<T>(count);
-        pack_columns(right + step * b.stride(0) + begin, count, b.stride(0), columns, panels.data());
+        pack_columns(right + step * b.stride(0) + begin, count, b.stride(0), columns, panels);
         auto multiply = [&](auto* to, int64_t width) {
           int vectors;
           for (int64_t j = 0; j < columns; j += 16 * vectors) {
             vectors = panel_vectors(columns - j);
-            multiply_panel<T>(m, left + step / kPerLane<T>, row, 1, panels.data() + j * height, vectors, height,
+            multiply_panel<T>(m, left + step / kPerLane<T>, row, 1, panels + j * height, vectors, height,
                               step ? to + j : nullptr, width, to + j, width, columns - j);
           }
         };
@@ -85,26 +83,26 @@ void run_transposed_product(const at::Tensor& a, const at::Tensor& b, at::Tensor
   const int64_t lanes = lanes_of<T>(depth), group = group_of(n, lanes, 1);
   const T *left = a.const_data_ptr<T>(), *right = b.const_data_ptr<T>();
   T* y = out.mutable_data_ptr<T>();
-  std::vector<uint32_t> panels(lanes * group);
+  uint32_t* panels = scratch<0>(lanes * group);
   for (int64_t begin = 0; begin < n; begin += group) {
     const int64_t columns = std::min(group, n - begin);
     int64_t step = 0;
     do {
       const int64_t count = std::min(depth, rows - step), height = lanes_of<T>(count);
-      pack_columns(right + step * b.stride(0) + begin, count, b.stride(0), columns, panels.data());
+      pack_columns(right + step * b.stride(0) + begin, count, b.stride(0), columns, panels);
       at::parallel_for(0, (m + kTileRows - 1) / kTileRows, 8, [&](int64_t from, int64_t to) {
-        std::vector<uint32_t> turned(lanes * 16);
+        uint32_t* strip = scratch<1>(lanes * kTileRows);
         for (int64_t r = from * kTileRows; r < std::min(m, to * kTileRows); r += kTileRows) {
           const int64_t tall = std::min(kTileRows, m - r);
           for (int64_t p = 0; p < height; ++p) {
             const __m512i x = lanes_of_rows(left + step * a.stride(0) + r, p, count, a.stride(0), first_lanes(tall));
-            _mm256_storeu_si256((__m256i*)(turned.data() + p * kTileRows), _mm512_castsi512_si256(x));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(strip + p * kTileRows), _mm512_castsi512_si256(x));
           }
           int vectors;
           for (int64_t j = 0; j < columns; j += 16 * vectors) {
             vectors = panel_vectors(columns - j);
             T* here = y + r * stride + begin + j;
-            multiply_panel<T>(tall, turned.data(), 1, kTileRows, panels.data() + j * height, vectors, height,
+            multiply_panel<T>(tall, strip, 1, kTileRows, panels + j * height, vectors, height,
                               step ? here : nullptr, stride, here, stride, columns - j);
           }
         }

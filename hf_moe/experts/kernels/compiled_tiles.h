@@ -1,8 +1,8 @@
 // A product of matrices in register tiles, without a kernel generated for each number of rows: out = a b.
 //
-// The summed axis is cut into 32-bit lanes: a number of float32, or two neighbours of bfloat16, as the CPU's dot product
-// wants them. A tile of at most 8 rows by 48 columns stays in registers: for each lane, three vectors of a packed panel of
-// b and one broadcast of a per row. Packing is a few percent of the work once some dozen rows share it.
+// The summed axis is cut into 32-bit lanes: a number of float32, or two neighbours of bfloat16, as the CPU's dot
+// product wants them. A tile of at most 8 rows by 48 columns stays in registers: for each lane, three vectors of a
+// packed panel of b and one broadcast of a per row. Packing is a few percent of the work once some dozen rows share it.
 
 #pragma once
 
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -29,6 +30,14 @@ constexpr bool has_tiles() {
 #else
   return false;
 #endif
+}
+
+// Memory of one thread, kept from call to call; another SLOT is another piece. The content is whatever was there.
+template <int SLOT>
+uint32_t* scratch(int64_t lanes) {
+  static thread_local std::vector<uint32_t> memory;
+  if ((int64_t)memory.size() < lanes) memory.resize(lanes);
+  return memory.data();
 }
 
 #if defined(HF_MOE_TILES)
@@ -141,12 +150,13 @@ inline void turn(const uint32_t* w, int64_t stride, int64_t rows, int64_t lanes,
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512 even[2] = {_mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88)};
-    const __m512 odd[2] = {_mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd)};
-    t[j] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
-    t[4 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
-    t[8 + j] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
-    t[12 + j] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+    const __m512 even = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+    const __m512 more = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512 last = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_f32x4(even, more, 0x88);
+    t[4 + j] = _mm512_shuffle_f32x4(odd, last, 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(even, more, 0xdd);
+    t[12 + j] = _mm512_shuffle_f32x4(odd, last, 0xdd);
   }
   if (lanes >= 16) {
 #pragma GCC unroll 16
@@ -252,10 +262,13 @@ void multiply_panel(int64_t rows, const uint32_t* a, int64_t row, int64_t step, 
       const uint32_t *x = a + r * row + p * step, *b = panel + p * 16 * vectors;
       const int64_t depth = std::min(chain, lanes - p), fetch = ahead.bytes > 0 ? ahead.per_lane : 0;
       const char* from = fetch ? next : reinterpret_cast<const char*>(b);
+      const auto run = [&](auto of_rows) {
+        of_rows(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch);
+      };
       switch (vectors) {
-        case 1: tile_of_rows<T, 1>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch); break;
-        case 2: tile_of_rows<T, 2>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch); break;
-        default: tile_of_rows<T, 3>(count, x, row, step, b, depth, plus, plus_row, y, stride, columns, from, fetch);
+        case 1: run([](auto... args) { tile_of_rows<T, 1>(args...); }); break;
+        case 2: run([](auto... args) { tile_of_rows<T, 2>(args...); }); break;
+        default: run([](auto... args) { tile_of_rows<T, 3>(args...); });
       }
       next += depth * ahead.per_lane;
       plus = y;
