@@ -18,6 +18,7 @@ from common.expert_banks import (
 from torch.utils.checkpoint import checkpoint
 
 from hf_moe.experts.kernels.front import IMPLEMENTATIONS
+from hf_moe.experts.kernels.fused import _pieces
 
 
 EXACT = {"atol": 1e-12, "rtol": 1e-10}
@@ -162,6 +163,33 @@ def test_frozen_experts_get_no_gradient_and_the_rest_is_unchanged(path):
     for name in ("output", "hidden", "weights"):
         torch.testing.assert_close(results[name], expected[name], **EXACT)
     assert all(parameter.grad is None for parameter in fast.parameters())
+
+
+@pytest.mark.parametrize("tokens", [13, 150])  # the buffers of the backward pass fit into the gradients, or do not
+@pytest.mark.parametrize("path", PATHS)
+def test_every_choice_of_gradients_gives_those_of_all(path, tokens):
+    bank = make_bank("biased", implementation=path)
+    hidden, index, weights = make_inputs(tokens)
+    inputs = {"hidden": hidden.requires_grad_(), "weights": weights.requires_grad_(), **dict(bank.named_parameters())}
+    expected = dict(
+        zip(inputs, torch.autograd.grad(bank(hidden, index, weights).sum(), [*inputs.values()]), strict=True)
+    )
+    for wanted in range(1, 1 << len(inputs)):
+        chosen = [name for bit, name in enumerate(inputs) if wanted >> bit & 1]
+        for name, tensor in inputs.items():
+            tensor.requires_grad_(name in chosen)
+        found = torch.autograd.grad(bank(hidden, index, weights).sum(), [inputs[name] for name in chosen])
+        for name, gradient in zip(chosen, found, strict=True):
+            torch.testing.assert_close(gradient, expected[name], **EXACT)
+
+
+@pytest.mark.parametrize("count", [0, 1, 512, 513, 655, 1024, 1025, 5000])
+def test_pieces_cover_all_rows_and_none_is_a_remnant(count):
+    pieces = list(_pieces(count))
+    assert [row for start, end in pieces for row in range(start, end)] == list(range(count))
+    lengths = [end - start for start, end in pieces]
+    assert all(0 < length <= 512 for length in lengths)
+    assert not lengths or min(lengths) >= max(lengths) - 64 * len(lengths)
 
 
 @pytest.mark.parametrize("path", PATHS)
