@@ -13,7 +13,6 @@ bool has_products(at::ScalarType dtype) {
 
 void check(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out) {
   const auto dtype = a.scalar_type();
-  TORCH_CHECK(has_products(dtype), "this CPU has no product of ", dtype, " here");
   for (const at::Tensor* t : {&a, &b, &out}) {
     TORCH_CHECK(t->dim() == 2 && t->scalar_type() == dtype, "matrices must be of one dtype");
     TORCH_CHECK(t->size(1) < 2 || t->stride(1) == 1, "rows must be contiguous");
@@ -112,39 +111,31 @@ void run_transposed_product(const at::Tensor& a, const at::Tensor& b, at::Tensor
   }
 }
 
-template <typename Run>
-void for_dtype(at::ScalarType dtype, Run run) {
-  if (dtype == at::kFloat) return run((float*)nullptr);
-#if defined(__AVX512BF16__)
-  run((at::BFloat16*)nullptr);
-#endif
-}
-
 #endif  // HF_MOE_TILES
 
 // a (M, K), b (K, N) -> out (M, N); in bfloat16 K must be even, and so the distance of the rows of a
 void product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) {
   check(a, b, out);
   TORCH_CHECK(b.size(0) == a.size(1) && out.size(0) == a.size(0) && out.size(1) == b.size(1), "shapes do not match");
+  for_tiled(a.scalar_type(), [&](auto* type) {
 #if defined(HF_MOE_TILES)
-  for_dtype(a.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     TORCH_CHECK(a.size(1) % kPerLane<T> == 0 && (a.size(0) < 2 || a.stride(0) % kPerLane<T> == 0),
                 "the summed axis must be even");
     run_product<T>(a, b, out);
-  });
 #endif
+  });
 }
 
 // a (R, M), b (R, N) -> out (M, N), summed over R
 void transposed_product(const at::Tensor& a, const at::Tensor& b, at::Tensor out) {
   check(a, b, out);
   TORCH_CHECK(b.size(0) == a.size(0) && out.size(0) == a.size(1) && out.size(1) == b.size(1), "shapes do not match");
+  for_tiled(a.scalar_type(), [&](auto* type) {
 #if defined(HF_MOE_TILES)
-  for_dtype(a.scalar_type(), [&](auto* type) {
     run_transposed_product<std::remove_pointer_t<decltype(type)>>(a, b, out);
-  });
 #endif
+  });
 }
 
 }  // namespace

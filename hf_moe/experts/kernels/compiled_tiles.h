@@ -32,6 +32,18 @@ constexpr bool has_tiles() {
 #endif
 }
 
+// Calls `run` with a null pointer of the dtype's type, if this CPU has tiles of it.
+template <typename Run>
+void for_tiled(at::ScalarType dtype, Run run) {
+  if constexpr (has_tiles<float>()) {
+    if (dtype == at::kFloat) return run((float*)nullptr);
+  }
+  if constexpr (has_tiles<at::BFloat16>()) {
+    if (dtype == at::kBFloat16) return run((at::BFloat16*)nullptr);
+  }
+  TORCH_CHECK(false, "this CPU has no product of ", dtype, " here");
+}
+
 // Memory of one thread, kept from call to call; another SLOT is another piece. The content is whatever was there.
 template <int SLOT>
 uint32_t* scratch(int64_t lanes) {

@@ -14,6 +14,7 @@ import torch
 from .bank import ExpertBank
 from .combine import combine
 from .dispatch import Segment, compact_dispatch
+from .epilogue import compiled_epilogue
 
 
 __all__ = ["decode_experts"]
@@ -78,6 +79,8 @@ def _rows(bank: ExpertBank, rows: torch.Tensor, segments: list[Segment], linear:
     parameters: list[Any] = [None if p is None else p.detach() for p in bank.parameters]
     up, up_bias, down, down_bias = parameters
     epilogue = bank.require_epilogue()
+    if linear is _compiled_linear:
+        epilogue = compiled_epilogue(epilogue, rows.dtype)
     width, intermediate = (up.shape[2], down.shape[1]) if bank.is_transposed else (up.shape[1], down.shape[2])
     projected = rows.new_empty(rows.shape[0], width)
     linear(rows, up, up_bias, segments, bank.is_transposed, projected)

@@ -14,7 +14,16 @@ from torch import nn
 from transformers import activations
 
 
-__all__ = ["CallableEpilogue", "Epilogue", "GatedEpilogue", "UnaryEpilogue", "callable_epilogue", "known_epilogue"]
+__all__ = [
+    "CallableEpilogue",
+    "CompiledSiluGate",
+    "Epilogue",
+    "GatedEpilogue",
+    "UnaryEpilogue",
+    "callable_epilogue",
+    "compiled_epilogue",
+    "known_epilogue",
+]
 
 aten = torch.ops.aten
 
@@ -97,6 +106,17 @@ class GatedEpilogue(Epilogue):
         up.copy_(grad_up)
 
 
+class CompiledSiluGate(Epilogue):
+    """silu(g) * u by the compiled operators: one pass over the rows each way."""
+
+    def forward(self, projected: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        torch.ops.hf_moe_compiled.silu_gate(projected, out)
+        return out
+
+    def backward(self, projected: torch.Tensor, grad: torch.Tensor, scratch: torch.Tensor) -> None:
+        torch.ops.hf_moe_compiled.silu_gate_backward(projected, grad)
+
+
 class UnaryEpilogue(Epilogue):
     """act(u): experts without a gate, as in GPT-2."""
 
@@ -131,6 +151,7 @@ _KNOWN = {
     for activation in (_SILU, _RELU, _GELU, _GELU_TANH)
     for gated in (False, True)
 }
+_COMPILED_SILU_GATE = CompiledSiluGate()
 
 
 def known_epilogue(function: Any, gated: bool) -> Epilogue | None:
@@ -142,6 +163,14 @@ def known_epilogue(function: Any, gated: bool) -> Epilogue | None:
     """
     activation = _activation(function)
     return None if activation is None else _KNOWN[id(activation), gated]
+
+
+def compiled_epilogue(epilogue: Epilogue, dtype: torch.dtype) -> Epilogue:
+    """The same by the compiled operators, which must be loaded, where they have it; else the epilogue itself."""
+    is_silu_gate = epilogue is _KNOWN[id(_SILU), True]
+    if is_silu_gate and torch.ops.hf_moe_compiled.has_products(dtype):
+        return _COMPILED_SILU_GATE
+    return epilogue
 
 
 def callable_epilogue(function: Callable[[torch.Tensor], torch.Tensor]) -> Epilogue:

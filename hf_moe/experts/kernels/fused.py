@@ -26,9 +26,9 @@ from .bank import ExpertBank
 from .buckets import bucket_rows
 from .combine import combine
 from .dispatch import Dispatch, compact_dispatch
-from .epilogue import Epilogue
+from .epilogue import Epilogue, compiled_epilogue
 from .first_order import first_order_only
-from .products import Products, choose_products
+from .products import CompiledProducts, Products, choose_products
 from .workspace import Borrowed, workspace
 
 
@@ -92,7 +92,10 @@ def fused_experts(
         ValueError: The bank has no epilogue.
     """
     products = choose_products(bank, compiled)
-    plan = _Plan(compact_dispatch(top_k_index, bank.num_experts), bank.require_epilogue(), products, bucketed)
+    epilogue = bank.require_epilogue()
+    if isinstance(products, CompiledProducts):
+        epilogue = compiled_epilogue(epilogue, bank.up.dtype)
+    plan = _Plan(compact_dispatch(top_k_index, bank.num_experts), epilogue, products, bucketed)
     inputs: tuple[Any, ...] = (hidden_states, top_k_weights, *bank.parameters)
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in inputs):
         return _FusedExperts.apply(plan, *inputs)

@@ -9,6 +9,7 @@ import torch
 from common.expert_banks import EXPERTS, LAYOUTS, make_bank, make_inputs, run, with_implementation
 
 from hf_moe.experts.kernels import compiled, selection
+from hf_moe.experts.kernels.epilogue import CompiledSiluGate, compiled_epilogue, known_epilogue
 from hf_moe.experts.kernels.front import choose_path
 
 
@@ -153,6 +154,44 @@ def test_the_number_of_threads_changes_nothing(dtype_of_products):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 4), (1, 1), (3, 33), (40, 64)])
+def test_the_compiled_gate_is_that_of_torch(dtype_of_products, rows, width):
+    generator, dtype = torch.Generator().manual_seed(0), dtype_of_products
+    epilogue = known_epilogue(torch.nn.SiLU(), gated=True)
+    ours = compiled_epilogue(epilogue, dtype)
+    assert type(ours) is CompiledSiluGate
+    projected = (4 * torch.randn(rows, 2 * width, generator=generator)).to(dtype)
+    grad = torch.randn(rows, width, generator=generator).to(dtype)
+    exact, out = projected.double(), torch.full((rows, width), math.nan, dtype=dtype)
+    expected = epilogue.forward(exact, torch.empty(rows, width, dtype=torch.float64))
+    epilogue.backward(exact, grad.double(), torch.empty(rows, width, dtype=torch.float64))
+    ours.forward(projected, out)
+    ours.backward(projected, grad, grad)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    torch.testing.assert_close(projected.double(), exact, **tolerance)
+
+
+def test_the_compiled_gate_at_the_ends_of_the_numbers(dtype_of_products):
+    projected = torch.tensor([[math.nan, math.inf, 200.0, -200.0, 0.0] + [1.0] * 5], dtype=dtype_of_products)
+    out = torch.empty(1, 5, dtype=dtype_of_products)
+    torch.ops.hf_moe_compiled.silu_gate(projected, out)
+    assert out[0, 0].isnan() and out[0, 1:3].tolist() == [math.inf, 200.0] and out[0, 4] == 0
+    assert -1e-30 < out[0, 3] <= 0
+    with pytest.raises(RuntimeError, match="shapes"):
+        torch.ops.hf_moe_compiled.silu_gate(projected, out[:, :4].contiguous())
+    with pytest.raises(RuntimeError, match="dtypes"):
+        torch.ops.hf_moe_compiled.silu_gate_backward(projected, out.double())
+
+
+def test_other_activations_stay_with_torch(compiled_operator):
+    for function, gated in ((torch.nn.GELU(), True), (torch.nn.SiLU(), False)):
+        epilogue = known_epilogue(function, gated)
+        assert compiled_epilogue(epilogue, torch.float32) is epilogue
+    silu = known_epilogue(torch.nn.SiLU(), True)
+    assert compiled_epilogue(silu, torch.float16) is silu
 
 
 def test_products_refuse_what_they_cannot_read(dtype_of_products):
