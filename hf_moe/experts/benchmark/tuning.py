@@ -79,9 +79,8 @@ def tune(
                 shown = ", ".join(f"{path} {math.exp(score):.2f}" for path, score in scores.items())
                 progress(f"{rule_key(dtype, training)}, {rows} rows: {winners[-1]} ({shown})")
             rule = _rule(ladder, winners)
-            is_safe = rule[0][1] == "grouped_mm" or (rule[0][1] == "compiled" and dtype == torch.float32)
-            if training and not is_safe:
-                rule = ((_FEW_ROWS, "grouped_mm"), *rule)
+            if training:
+                rule = _leave_few_rows(rule, dtype)
             rules[rule_key(dtype, training)] = rule
     return SelectionTable(rules, "measured")
 
@@ -94,3 +93,11 @@ def _rule(ladder: Sequence[int], winners: Sequence[str]) -> tuple[tuple[float, s
         if last or winners[i + 1] != winner:
             rule.append((math.inf if last else math.sqrt(ladder[i] * ladder[i + 1]), winner))
     return tuple(rule)
+
+
+def _leave_few_rows(rule: tuple[tuple[float, str], ...], dtype: torch.dtype) -> tuple[tuple[float, str], ...]:
+    """The rule for gradients, with few rows left to transformers' own where nothing is safely faster."""
+    first = rule[0][1]
+    if first == "grouped_mm" or (first == "compiled" and dtype == torch.float32):
+        return rule
+    return ((_FEW_ROWS, "grouped_mm"), *rule)

@@ -146,3 +146,12 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 
 def test_banks_have_the_shapes_they_are_named_for():
     assert make_experts(TINY, torch.float32).gate_up_proj.shape == (4, 64, 16)
+
+
+def test_gradients_of_few_rows_are_left_to_transformers_unless_something_is_safely_faster():
+    compiled, exact, theirs = (((math.inf, name),) for name in ("compiled", "exact", "grouped_mm"))
+    few = (24.0, "grouped_mm")
+    assert tuning._leave_few_rows(compiled, torch.float32) == compiled
+    assert tuning._leave_few_rows(compiled, torch.bfloat16) == (few, *compiled)
+    assert tuning._leave_few_rows(exact, torch.float32) == (few, *exact)
+    assert tuning._leave_few_rows(theirs, torch.float32) == theirs
