@@ -150,6 +150,8 @@ def test_banks_have_the_shapes_they_are_named_for():
 
 def test_gradients_of_few_rows_are_left_to_transformers_unless_something_is_safely_faster():
     compiled, exact, theirs = (((math.inf, name),) for name in ("compiled", "exact", "grouped_mm"))
-    assert tuning._leave_few_rows(compiled) == compiled
-    assert tuning._leave_few_rows(exact) == ((24.0, "grouped_mm"), *exact)
-    assert tuning._leave_few_rows(theirs) == theirs
+    few = (24.0, "grouped_mm")
+    assert tuning._leave_few_rows(compiled, torch.float32) == compiled
+    assert tuning._leave_few_rows(compiled, torch.bfloat16) == (few, *compiled)
+    assert tuning._leave_few_rows(exact, torch.float32) == (few, *exact)
+    assert tuning._leave_few_rows(theirs, torch.float32) == theirs
