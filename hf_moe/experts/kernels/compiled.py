@@ -19,8 +19,9 @@ from hf_moe.weights.cache import building, default_cache_dir
 
 __all__ = ["build_compiled", "compiled_dtypes", "compiler", "load_compiled"]
 
-_NAMES = (".cpp", "_epilogue.cpp", "_memory.cpp", "_products.cpp", "_tiles.h")
-_FILES = [Path(__file__).with_name(f"compiled{name}") for name in _NAMES]
+_FILES = [
+    Path(__file__).with_name(f"compiled{name}") for name in (".cpp", "_epilogue.cpp", "_products.cpp", "_tiles.h")
+]
 _LIBRARY = "hf_moe_compiled.so"
 
 #: What the operator multiplies.

@@ -168,7 +168,7 @@ def _backward(
     weight_rows = weights.reshape(-1)[dispatch.slots]  # (S,)
     grad_weight_rows: Any = torch.empty_like(weight_rows) if need_w else None
     grads: list[Any] = [
-        _gradient_like(parameter, plan) if need and parameter is not None else None
+        _gradient_like(parameter, dispatch) if need and parameter is not None else None
         for parameter, need in zip((up, up_bias, down, down_bias), needs[2:], strict=True)
     ]
     grad_up, grad_up_bias, grad_down, grad_down_bias = grads
@@ -243,11 +243,10 @@ def _gather(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> tor
     return out
 
 
-def _gradient_like(parameter: torch.Tensor, plan: _Plan) -> torch.Tensor:
+def _gradient_like(parameter: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
     """Memory for a stacked gradient in which only the experts that nobody chose are filled, with zeros."""
     gradient = torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    plan.products.prepare(gradient)
-    chosen = {segment.expert for segment in plan.dispatch.segments}
+    chosen = {segment.expert for segment in dispatch.segments}
     for expert in range(parameter.shape[0]):
         if expert not in chosen:
             gradient[expert].zero_()

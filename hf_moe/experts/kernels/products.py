@@ -27,9 +27,6 @@ class Products:
     def __init__(self, is_transposed: bool = False):
         self.is_transposed = is_transposed
 
-    def prepare(self, gradient: torch.Tensor) -> None:
-        """Called with the new memory of a stacked gradient, before anything is written to it."""
-
     def forward(
         self, x: torch.Tensor, stacked: torch.Tensor, bias: torch.Tensor | None, expert: int, out: torch.Tensor
     ) -> None:
@@ -65,10 +62,6 @@ class Products:
 class CompiledProducts(Products):
     """By the compiled operators where they are faster: everywhere on a CPU that has their instructions, else for few
     rows."""
-
-    def prepare(self, gradient: torch.Tensor) -> None:
-        # It is new in every step, and a page fault per 4 KB is up to a tenth of the step.
-        torch.ops.hf_moe_compiled.large_pages(gradient)
 
     def forward(
         self, x: torch.Tensor, stacked: torch.Tensor, bias: torch.Tensor | None, expert: int, out: torch.Tensor

@@ -194,15 +194,6 @@ def test_other_activations_stay_with_torch(compiled_operator):
     assert compiled_epilogue(silu, torch.float16) is silu
 
 
-def test_asking_for_large_pages_leaves_the_content_alone(compiled_operator):
-    for size in (0, 3, 5 << 20):
-        tensor = torch.arange(size, dtype=torch.int32)
-        torch.ops.hf_moe_compiled.large_pages(tensor)
-        assert torch.equal(tensor, torch.arange(size, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="contiguous"):
-        torch.ops.hf_moe_compiled.large_pages(torch.zeros(4, 4).t()[1:])
-
-
 def test_products_refuse_what_they_cannot_read(dtype_of_products):
     products, dtype = torch.ops.hf_moe_compiled, dtype_of_products
     a, b, out = (torch.zeros(shape, dtype=dtype) for shape in ((2, 4), (4, 6), (2, 6)))
