@@ -10,6 +10,8 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -67,7 +69,7 @@ def build_compiled() -> Path:
             cpp_extension.load(
                 name=Path(_LIBRARY).stem,
                 sources=[str(file) for file in _FILES if file.suffix == ".cpp"],
-                extra_cflags=["-O3", "-std=c++20", "-march=native" if _is_x86() else "-mcpu=native"],
+                extra_cflags=["-O3", "-std=c++20", "-march=native" if _is_x86() else "-mcpu=native", *_threads()],
                 build_directory=str(partial),
                 is_python_module=False,
             )
@@ -110,6 +112,16 @@ def _which(name: str | None) -> str | None:
     return shutil.which(name) if name else None
 
 
+def _threads() -> list[str]:
+    """The flag without which torch's parallel loops run on one thread.
+
+    Nothing is linked for it: the threads are those of the OpenMP torch came with, which speaks GCC's dialect only.
+    """
+    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, check=False).stdout
+    is_gcc = "Free Software Foundation" in version
+    return ["-fopenmp"] if is_gcc and sys.platform == "linux" and torch.backends.openmp.is_available() else []
+
+
 def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 
@@ -117,7 +129,7 @@ def _is_x86() -> bool:
 @functools.cache
 def _folder() -> Path:
     # Code for this very CPU must not be run on another one that shares the cache.
-    code = [file.read_text(encoding="utf-8") for file in _FILES]
+    code = [file.read_text(encoding="utf-8") for file in (*_FILES, Path(__file__))]
     parts = (*code, torch.__version__, platform.machine(), _cpu_flags())
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     return default_cache_dir() / "kernels" / key

@@ -194,6 +194,14 @@ def test_other_activations_stay_with_torch(compiled_operator):
     assert compiled_epilogue(silu, torch.float16) is silu
 
 
+def test_loops_run_on_all_threads(compiled_operator):
+    if not compiled._threads():
+        pytest.skip("not this compiler")
+    library = compiled.build_compiled().read_bytes()
+    assert b"GOMP_parallel" in library
+    assert b"libgomp.so" not in library, "the threads are torch's"
+
+
 def test_products_refuse_what_they_cannot_read(dtype_of_products):
     products, dtype = torch.ops.hf_moe_compiled, dtype_of_products
     a, b, out = (torch.zeros(shape, dtype=dtype) for shape in ((2, 4), (4, 6), (2, 6)))
